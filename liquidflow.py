@@ -1,0 +1,1598 @@
+"""LiquidFlow: an attention-free image generator in one file, to be read from top to bottom.
+
+The network is shown a picture mixed with noise, is told how much noise there is, and answers with
+a direction that leads back to a picture. Everything else serves that network, or the walk from
+noise to picture that it makes possible:
+
+    §1  five small helpers                     §8   LiquidUNet
+    §2  time embedding                         §9   LiquidPatch and LiquidMamba
+    §3  AdaLN: how a condition steers          §10  variants, create_model
+    §4  liquid networks (LTC, CfC)             §11  processes: from picture to noise
+    §5  state-space duality, three ways        §12  physics-informed penalties
+    §6  the Mamba-2 mixer                      §13  samplers: from noise to picture
+    §7  scan orders (zigzag)                   §14  EMA and checkpoints
+                                               §15  TAESD: pictures as small latents
+                                               §16  the tour
+
+`python liquidflow.py` is a guided tour that prints shapes, and the errors that it measures.
+Not here: data and the training loop (train.py), drawing pictures (sample.py), proofs and timings
+(test_liquidflow.py), CUDA kernels, attention.
+
+Conventions
+    t in [0, 1]   0 is data, 1 is noise, in every process and every sampler.
+    pictures      (B, C, H, W), float, in [-1, 1].
+    models        model(x, t, y=None) -> a tensor of x's shape; x (B, C, H, W), t (B,), y labels
+                  (B,) or None.
+    precision     parameters are float32, and autocast may run matrix products in half precision;
+                  what is cumulated or exponentiated (decays, carried states, norms, the time
+                  embedding, losses) stays in float32. A float64 model stays float64 throughout.
+
+Two alphabets, so that a size has one letter (inside a formula, letters are those of its paper)
+    picture (B, C, H, W)     batch, channels, height, width
+    tokens  (b, l, d)        batch, length, width of a token
+            h, p             heads, and the width of one head: h * p channels in all
+            g                groups of heads that share Bm and Cm
+            n                size of the state that each channel carries
+            q, k             tokens in a chunk, number of chunks
+            Bm, Cm           how a token writes into the state, and reads from it (papers: B, C)
+            log_decay        log of the factor by which the state fades at a token (dt * A), <= 0
+
+Three times, never confused
+    t     flow time: how noisy the picture is. Made in §11 and §13, enters the models by §2.
+    dt    step of the state-space model: how far a token moves the state. Lives in §6.
+    ts    liquid time: how long a CfC has been relaxing. Lives in §4.
+(tau is not a time that passes: it is the time constant in the equation that opens §4.)
+
+Five places to extend, each a dictionary from which the command line and the tests take their
+choices: MIXERS (§6), SCANS (§7), PROCESSES (§11), PHYSICS (§12), SAMPLERS (§13).
+"""
+
+import copy
+import hashlib
+import http.client
+import inspect
+import math
+import os
+import urllib.request
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+# ------------------------------------------------------------------------------------------------
+# §1  Five small helpers
+
+def full(x):
+    """x in at least float32: half precision is widened, float32 and float64 stay as they are.
+
+    A plain .float() would quietly throw away the digits of a float64 proof.
+    """
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def per_picture(value, x):
+    """One number for each picture, (B,), shaped to multiply x, (B, ...): (B, 1, ..., 1).
+
+    Without it (B,) * (B, C, H, W) lines B up with W: an error if they differ, and silently wrong
+    if they do not. In x's precision, or float32 for half.
+    """
+    return value.to(full(x).dtype).reshape(-1, *[1] * (x.dim() - 1))
+
+
+def zeroed(layer):
+    """The layer with every parameter at zero, for layers that should say nothing at first."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+def sides(image_size):
+    """(height, width) of an image_size, which is one int or a pair; ValueError for other things."""
+    pair = tuple(image_size) if isinstance(image_size, (tuple, list)) else (image_size, image_size)
+    if len(pair) != 2 or not all(type(side) is int and side >= 1 for side in pair):
+        raise ValueError(f"image size {image_size!r}: give one positive whole number, or two")
+    return pair
+
+
+def choose(what, name, table):
+    """table[name], or a ValueError that lists the names that there are."""
+    if name not in table:
+        raise ValueError(f"unknown {what} {name!r}; there are: {', '.join(table)}")
+    return table[name]
+
+
+# ------------------------------------------------------------------------------------------------
+# §2  Time embedding
+#
+# A network cannot do much with the bare number t: a layer that multiplies t by a weight can only
+# bend slowly along it. So t is shown on dim/2 clock hands that turn at speeds from fast to slow:
+#
+#     sinusoidal(t) = [cos(scale * t * freq_k) | sin(scale * t * freq_k)],
+#     freq_k = max_period^(-k / (dim // 2)),   k = 0 ... dim // 2 - 1
+#
+# The speeds were made for step numbers 0 ... 1000. With t in [0, 1] left as it is, the fastest
+# hand turns one radian in all and the others hardly move: at dim 256 the first principal direction
+# holds 99 % of the variance over t. Hence scale = 1000.
+
+def sinusoidal(t, dim, max_period=10000, scale=1000):
+    """Sinusoidal features of a time: t (B,) in [0, 1] -> (B, dim), at least float32.
+
+    An odd dim gets a last column of zeros. Source: the position encoding of Vaswani et al. (2017),
+    "Attention Is All You Need", as DDPM (Ho et al., 2020) uses it for time.
+    """
+    t = full(t if t.is_floating_point() else t.float())
+    half = dim // 2
+    k = torch.arange(half, device=t.device, dtype=t.dtype)
+    angle = scale * t.reshape(-1, 1) * max_period ** (-k / half)             # (B, dim // 2)
+    features = torch.cat([angle.cos(), angle.sin()], dim=1)
+    return F.pad(features, (0, dim % 2))                                     # (B, dim)
+
+
+class SinusoidalTimeEmbedding(nn.Module):
+    """The features above, then a two-layer SiLU network: t (B,) in [0, 1] -> (B, dim).
+
+    Runs outside autocast: half precision would blur neighbouring times into one.
+    """
+
+    def __init__(self, dim):
+        super().__init__()
+        self.dim = dim
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim))
+
+    def forward(self, t):
+        with torch.autocast(t.device.type, enabled=False):
+            features = sinusoidal(t, self.dim)
+            return self.mlp(features.to(self.mlp[0].weight.dtype))
+
+
+# ------------------------------------------------------------------------------------------------
+# §3  AdaLN: how a condition steers a layer
+#
+# The condition c (the time embedding, plus a label embedding where there are labels) scales and
+# shifts the normalised features:
+#
+#     AdaLN(x, c) = norm(x) * (1 + scale(c)) + shift(c)
+#
+# scale and shift come from SiLU(c) through a linear layer that starts at zero. A new layer is
+# therefore exactly the plain norm, and steering is learnt from there; random steering at the start
+# would hand every block a different, meaningless distortion to undo first.
+
+class AdaLN(nn.Module):
+    """Adaptive normalisation: (B, dim, H, W) or (b, l, dim), with c (B, cond_dim) -> x's shape.
+
+    Pictures are normalised by groups of channels (the largest number of groups up to 32 that
+    divides dim), tokens over dim; no learned affine, eps 1e-6. Source: the zero-initialised adaLN
+    of Peebles & Xie (2023), "Scalable Diffusion Models with Transformers", without their gate.
+    """
+
+    def __init__(self, dim, cond_dim):
+        super().__init__()
+        self.dim = dim
+        self.groups = max(groups for groups in range(1, min(32, dim) + 1) if dim % groups == 0)
+        self.modulation = nn.Sequential(nn.SiLU(), zeroed(nn.Linear(cond_dim, 2 * dim)))
+
+    def forward(self, x, c):
+        scale, shift = full(self.modulation(c)).chunk(2, dim=-1)             # (B, dim) each
+        if x.dim() == 4:
+            normed = F.group_norm(full(x), self.groups, eps=1e-6)
+            scale, shift = scale[:, :, None, None], shift[:, :, None, None]
+        else:
+            normed = F.layer_norm(full(x), (self.dim,), eps=1e-6)
+            scale, shift = scale[:, None], shift[:, None]
+        return torch.addcmul(shift, normed, 1 + scale)                       # x's shape
+
+
+# ------------------------------------------------------------------------------------------------
+# §4  Liquid networks, in three steps
+#
+# Step 1: the equation. A liquid time-constant (LTC) neuron x leaks with time constant tau, while
+# an input-dependent conductance f >= 0 pulls it towards A:
+#
+#     dx/dt = -(1/tau + f) * x + f * A
+#
+# f stands in front of x too, so the input also sets how fast the neuron reacts: its time constant
+# is "liquid". A numerical solution is as accurate as one likes, but slow: each step waits for the
+# one before.
+
+def ltc_ode(x0, f, A, tau, t, steps):
+    """x(t) of the LTC equation from x(0) = x0, with f held constant, by `steps` Runge-Kutta steps.
+
+    x0, f >= 0, A, tau > 0, t: tensors that broadcast to one shape, the shape of the result. The
+    error falls with the fourth power of `steps`.
+    Source: Hasani et al. (2021), "Liquid Time-constant Networks".
+    """
+    def slope(x):
+        return -(1 / tau + f) * x + f * A
+
+    x, step = x0, t / steps
+    for _ in range(steps):
+        k1 = slope(x)
+        k2 = slope(x + step / 2 * k1)
+        k3 = slope(x + step / 2 * k2)
+        k4 = slope(x + step * k3)
+        x = x + step / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+    return x
+
+
+# Step 2: the exact solution. For a constant input the equation is linear in x: an exponential
+# approach, at rate 1/tau + f, to the point where leak and pull balance.
+#
+#     x(t) = x_inf + (x0 - x_inf) * exp(-(1/tau + f) * t),    x_inf = f * A / (1/tau + f)
+
+def ltc_closed_form(x0, f, A, tau, t):
+    """The exact x(t) of the LTC equation for constant f; arguments and result as in ltc_ode.
+
+    Source: the variation-of-constants solution of a linear equation; for constant input only.
+    """
+    rate = 1 / tau + f
+    x_inf = f * A / rate
+    return x_inf + (x0 - x_inf) * torch.exp(-rate * t)
+
+
+# Step 3: the learned gate. Inputs that change leave an integral over exp(-f) that nobody can solve.
+# The closed-form continuous-time cell (CfC) keeps the shape of the solution above, a start that
+# hands over to an end as time passes, and learns the parts: the start g, the end h, the speed f of
+# the change, and its offset b. A sigmoid takes the place of the exponential:
+#
+#     gate = sigmoid(-(f * t + b)),    new state = gate * g + (1 - gate) * h
+#
+# It approximates; it does not solve the equation. What it keeps for certain are the limits (where
+# f > 0: g for t -> -inf, h for t -> +inf) and the bound: g and h end in a tanh and the gate mixes
+# them, so no state can leave [-1, 1], whatever the weights. With linear g and h it could.
+
+class ScaledTanh(nn.Module):
+    """height * tanh(slope * x)."""
+
+    def __init__(self, height, slope):
+        super().__init__()
+        self.height, self.slope = height, slope
+
+    def forward(self, x):
+        return self.height * torch.tanh(self.slope * x)
+
+
+class CfCCell(nn.Module):
+    """One step of a closed-form continuous-time cell: cell(x, h, t) -> the new state (b, hidden).
+
+    x (b, input_size), h (b, hidden_size); t, the time since the last step: a number, (b,) or (b, 1).
+    |output| <= 1 for every finite input, weight and time, unless a sum inside overflows. Source:
+    Hasani et al. (2022), "Closed-form continuous-time neural networks"; time_a and time_b make the
+    f and b of the formula above.
+    """
+
+    def __init__(self, input_size, hidden_size, backbone_units=128, backbone_layers=1):
+        super().__init__()
+        layers, width = [], input_size + hidden_size
+        for _ in range(backbone_layers):
+            # LeCun's tanh (LeCun et al., 1998): its outputs keep a variance near 1
+            layers += [nn.Linear(width, backbone_units), ScaledTanh(1.7159, 0.666)]
+            width = backbone_units
+        self.backbone = nn.Sequential(*layers)
+        self.g_head = nn.Linear(width, hidden_size)
+        self.h_head = nn.Linear(width, hidden_size)
+        self.time_a = nn.Linear(width, hidden_size)
+        self.time_b = nn.Linear(width, hidden_size)
+
+    def forward(self, x, h, t):
+        t = torch.as_tensor(t, dtype=x.dtype, device=x.device).reshape(-1, 1)    # (1 or b, 1)
+        features = self.backbone(torch.cat([x, h], dim=1))                       # (b, units)
+        gate = torch.sigmoid(-(self.time_a(features) * t + self.time_b(features)))
+        g, h = torch.tanh(self.g_head(features)), torch.tanh(self.h_head(features))
+        return gate * g + (1 - gate) * h                                         # (b, hidden)
+
+
+# For pictures there is no sequence to step through: every pixel is a liquid neuron, all of them
+# are computed at once, and time is the noise level. ParallelCfC asks the condition c how long its
+# neurons have had, the liquid time ts(c) > 0 of each channel, and uses that time twice:
+#
+#     gate = sigmoid(-(f * ts + b(c))),    cfc = gate * g + (1 - gate) * h        as in the cell
+#     out  = alpha * x + (1 - alpha) * cfc,    alpha = exp(-lambda * ts)          relaxation
+#
+# The second line is step 2 again: x relaxes towards cfc at a learned rate lambda > 0. ts and lambda
+# are kept within a factor of 4 of where they start (1 and log 2, so alpha = 0.5^ts at first): then
+# alpha can saturate neither at 0 nor at 1, where it would disconnect the input or the liquid part.
+# A mean over the embedding, as one of our sources takes it for ts, is no time: it hardly changes
+# with t, and alpha stays at 0.993.
+
+class ParallelCfC(nn.Module):
+    """A CfC for every pixel: x (B, dim, H, W), c (B, cond_dim) -> (B, dim, H, W).
+
+    f, g and h share one depthwise convolution (kernel_size, odd: ValueError if even) and one
+    expansion to expand * dim channels. |cfc| <= 1, so |out| <= max(|x|, 1) everywhere.
+    Source: Hasani et al. (2022) for the gate; the relaxation is the LTC solution of step 2.
+    """
+
+    def __init__(self, dim, cond_dim, kernel_size=5, expand=2):
+        super().__init__()
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, to keep the sides, not {kernel_size}")
+        self.backbone = nn.Sequential(
+            nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim),
+            nn.Conv2d(dim, expand * dim, 1), nn.SiLU())
+        self.f_head = nn.Conv2d(expand * dim, dim, 1)
+        self.g_head = nn.Conv2d(expand * dim, dim, 1)
+        self.h_head = nn.Conv2d(expand * dim, dim, 1)
+        self.time = zeroed(nn.Linear(cond_dim, dim))          # ts = 4^tanh(time(c)), at first near
+        nn.init.normal_(self.time.weight, std=0.08 / math.sqrt(cond_dim))     # 1: 0.3 < alpha < 0.7
+        self.bias = zeroed(nn.Linear(cond_dim, dim))          # b(c)
+        self.rho = nn.Parameter(torch.zeros(dim))             # lambda = log 2 * 4^tanh(rho)
+
+    def liquid_time(self, c):
+        """ts(c): (B, cond_dim) -> (B, dim), between 1/4 and 4."""
+        return 4 ** torch.tanh(full(self.time(c)))
+
+    def gates(self, x, c, features=None):
+        """What the liquid part decides: gate (B, dim, H, W) and alpha (B, dim, 1, 1), in (0, 1).
+
+        forward passes the features that it has already; everyone else leaves them out.
+        """
+        f = self.f_head(self.backbone(x) if features is None else features)     # (B, dim, H, W)
+        ts = self.liquid_time(c)                                                # (B, dim)
+        gate = torch.sigmoid(-(f * ts[:, :, None, None] + self.bias(c)[:, :, None, None]))
+        alpha = torch.exp(-math.log(2) * 4 ** torch.tanh(self.rho) * ts)
+        return gate, alpha[:, :, None, None]
+
+    def forward(self, x, c):
+        features = self.backbone(x)                                   # (B, expand * dim, H, W)
+        gate, alpha = self.gates(x, c, features)
+        g, h = torch.tanh(self.g_head(features)), torch.tanh(self.h_head(features))
+        cfc = torch.lerp(full(h), full(g), full(gate))            # gate * g + (1 - gate) * h
+        return torch.lerp(cfc, full(x), alpha)                    # alpha * x + (1 - alpha) * cfc
+
+
+# ------------------------------------------------------------------------------------------------
+# §5  State-space duality: one operator, three ways to compute it
+#
+# A token sequence is read from left to right by heads that carry a small matrix S, the state. At
+# every token the state fades, takes something in, and is read out:
+#
+#     S_t = exp(log_decay_t) * S_{t-1} + x_t (outer) Bm_t          (p, n)
+#     y_t = S_t Cm_t                                               (p,)
+#
+# Written out, y_t is a weighted sum over all earlier tokens, with weights
+#
+#     M[t, s] = (Cm_t . Bm_s) * exp(log_decay_{s+1} + ... + log_decay_t)   for s <= t, else 0
+#
+# which is attention with queries Cm, keys Bm, values x, and a decay in place of the softmax. That
+# is the duality: the same numbers by a loop over l, or by an (l, l) matrix. The loop cannot be
+# parallelised, the matrix costs l^2; cutting the sequence into chunks gives the best of both.
+#
+# All three functions share these arguments and results (x already multiplied by the step dt; t
+# counts tokens in this section):
+#     x (b, l, h, p), log_decay (b, l, h) <= 0, Bm and Cm (b, l, g, n), head i uses group
+#     i // (h / g); initial_state (b, h, p, n), zero if None -> y (b, l, h, p), final state
+#     (b, h, p, n); g must divide h.
+# Source: Dao & Gu (2024), "Transformers are SSMs", the state space duality model.
+
+def ssd_sequential(x, log_decay, Bm, Cm, initial_state=None):
+    """The recurrence, token by token: slow, and the definition of what the other two compute."""
+    b, l, h, p = x.shape
+    r, dtype = h // Bm.shape[2], x.dtype                                          # heads in a group
+    x, log_decay, Bm, Cm = full(x), full(log_decay), full(Bm), full(Cm)
+    state = x.new_zeros(b, h, p, Bm.shape[3]) if initial_state is None else full(initial_state)
+    # unbind once: in the backward pass, each index in a loop makes a gradient of the whole tensor
+    decay = torch.exp(log_decay)[..., None, None].unbind(1)                       # l x (b, h, 1, 1)
+    write = (x[..., None] * Bm.repeat_interleave(r, 2)[..., None, :]).unbind(1)   # l x (b, h, p, n)
+    read = Cm.repeat_interleave(r, 2)[..., None].unbind(1)                        # l x (b, h, n, 1)
+    y = []
+    for t in range(l):
+        state = decay[t] * state + write[t]                                        # (b, h, p, n)
+        y.append((state @ read[t]).squeeze(-1))                                    # (b, h, p)
+    return torch.stack(y, dim=1).to(dtype), state
+
+
+def segment_sum(a):
+    """(..., l) -> (..., l, l): entry [t, s] = a_{s+1} + ... + a_t for s <= t, -inf for s > t.
+
+    The natural way, cumsum(a)[t] - cumsum(a)[s], loses digits: after one burst of -60 the sums are
+    large, and their difference errs by 1e-3 in float32. Here each column is summed on its own,
+    from zero. The -inf is put in before any exp: exp first and mask later gives inf * 0 = nan.
+    """
+    l = a.shape[-1]
+    ones = torch.ones(l, l, dtype=torch.bool, device=a.device)
+    column = a[..., :, None].expand(*a.shape, l).masked_fill(~ones.tril(-1), 0)    # a_t where s < t
+    return column.cumsum(-2).masked_fill(~ones.tril(), -torch.inf)
+
+
+def read_state(Cm, state, decay):
+    """What each token reads from a state that entered from the left: (b, l, h, p).
+
+    Cm (b, l, g, n), state (b, h, p, n), decay (b, l, h): what is left of the state at each token.
+    """
+    b, l, g, n = Cm.shape
+    h, p = state.shape[1:3]
+    y = torch.einsum("blgn,bgrpn->blgrp", Cm, state.view(b, g, h // g, p, n))
+    return y.reshape(b, l, h, p) * decay[..., None]
+
+
+def ssd_quadratic(x, log_decay, Bm, Cm, initial_state=None):
+    """The dual form: the masked (l, l) matrix M, times x. All tokens at once, cost l^2."""
+    b, l, h, p = x.shape
+    g, n = Bm.shape[2:]
+    r, log_decay = h // g, full(log_decay)
+    decay = segment_sum(log_decay.transpose(1, 2)).exp().to(x.dtype)               # (b, h, l, l)
+    scores = Cm.transpose(1, 2) @ Bm.permute(0, 2, 3, 1)                           # (b, g, l, l)
+    M = scores[:, :, None] * decay.view(b, g, r, l, l)                             # (b, g, r, l, l)
+    y = (M.flatten(1, 2) @ x.transpose(1, 2)).transpose(1, 2)                      # (b, l, h, p)
+
+    # What is left of token s at the end is the last row of the decays, exp(a_{s+1} + ... + a_l).
+    fading = (x * decay[:, :, -1].transpose(1, 2)[..., None]).view(b, l, g, r, p)
+    state = torch.einsum("blgrp,blgn->bgrpn", fading, Bm).reshape(b, h, p, n)
+    if initial_state is not None:
+        since_start = log_decay.cumsum(1).exp().to(x.dtype)                        # (b, l, h)
+        y = y + read_state(Cm, initial_state.to(x.dtype), since_start)
+        state = full(state) + since_start[:, -1, :, None, None] * initial_state
+    return y.to(x.dtype), full(state)
+
+
+def carry_states(states, log_decay, group=32):
+    """The recurrence between chunks: R_j = exp(log_decay_j) * R_{j-1} + states_j, for all j.
+
+    states (b, k, h, p, n), log_decay (b, k, h) -> R (b, k, h, p, n). Up to `group` chunks are one
+    product with the matrix of chunk-to-chunk decays. More would make that matrix grow with k^2, so
+    they are cut into groups, and what each group leaves behind is carried by the same function one
+    level up: cost linear in k, depth logarithmic.
+    """
+    b, k, h, p, n = states.shape
+    if k <= group:
+        decay = segment_sum(log_decay.transpose(1, 2)).exp().to(states.dtype)      # (b, h, k, k)
+        return torch.einsum("bhij,bjhpn->bihpn", decay, states)
+    pad = -k % group
+    states = F.pad(states, (0, 0, 0, 0, 0, 0, 0, pad)).reshape(-1, group, h, p, n)
+    log_decay = F.pad(log_decay, (0, 0, 0, pad)).reshape(-1, group, h)
+    within = carry_states(states, log_decay, group)                                # from zero
+    last = within[:, -1].view(b, -1, h, p, n)                                      # of each group
+    entering = carry_states(last, log_decay.sum(1).view(b, -1, h), group)
+    entering = F.pad(entering, (0, 0, 0, 0, 0, 0, 1, -1)).reshape(-1, 1, h, p, n)  # group before
+    since_start = log_decay.cumsum(1).exp().to(states.dtype)[..., None, None]
+    return (within + since_start * entering).reshape(b, -1, h, p, n)[:, :k]
+
+
+def ssd_chunked(x, log_decay, Bm, Cm, initial_state=None, chunk_size=None):
+    """The fast form: quadratic inside a chunk, states carried between chunks; cost linear in l.
+
+    chunk_size trades memory for speed and never changes the result (None: chosen by length).
+    Any l >= 1 and any chunk_size >= 1 (else ValueError).
+    """
+    b, l, h, p = x.shape
+    q = (64 if l <= 4096 else 128) if chunk_size is None else chunk_size
+    if q < 1:
+        raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
+    if l <= q:
+        return ssd_quadratic(x, log_decay, Bm, Cm, initial_state)
+
+    # Pad to whole chunks. Decay 1 and input 0 leave a state as it is, so padding is exact.
+    k, pad = math.ceil(l / q), -l % q
+    x, Bm, Cm = (F.pad(v, (0, 0, 0, 0, 0, pad)).reshape(b * k, q, *v.shape[2:])
+                 for v in (x, Bm, Cm))
+    log_decay = F.pad(full(log_decay), (0, 0, 0, pad)).reshape(b * k, q, h)        # (b k, q, h)
+
+    # 1. Every chunk by itself, as if it were a sequence: what its tokens tell each other ...
+    # 2. ... and the state that it leaves behind.
+    y, states = ssd_quadratic(x, log_decay, Bm, Cm)                                # (b k, q, h, p)
+    states = states.view(b, k, h, p, -1)                                           # (b, k, h, p, n)
+
+    # 3. The state that enters each chunk: the initial one goes first, then shift by one chunk.
+    if initial_state is None:
+        initial_state = torch.zeros_like(states[:, 0])
+    states = torch.cat([initial_state[:, None], states], dim=1)                    # (b, k + 1, ...)
+    between = F.pad(log_decay.sum(1).view(b, k, h), (0, 0, 1, 0))                  # (b, k + 1, h)
+    with torch.autocast(x.device.type, enabled=False):    # cumulated, so not in half precision
+        states = carry_states(full(states), between)
+    entering, final_state = states[:, :-1].flatten(0, 1).to(x.dtype), states[:, -1]
+
+    # 4. What each token reads from the state that entered its chunk.
+    y = y + read_state(Cm, entering, log_decay.cumsum(1).exp().to(y.dtype))
+    return y.reshape(b, k * q, h, p)[:, :l].to(x.dtype), final_state
+
+
+# ------------------------------------------------------------------------------------------------
+# §6  The Mamba-2 mixer
+#
+# §5 is an operator without parameters. The mixer computes its arguments from the tokens, so that
+# the data decide what is written, what is read, and how fast the state fades:
+#
+#     z, x, Bm, Cm, dt = in_proj(u)
+#     x, Bm, Cm        = SiLU(causal depthwise convolution of the three together)
+#     dt               = softplus(dt + dt_bias) > 0                the step
+#     log_decay        = dt * A,    A = -exp(A_log) < 0            one rate for each head
+#     y                = ssd(dt * x, log_decay, Bm, Cm) + D * x    D: a skip
+#     out              = out_proj(RMSNorm(y * SiLU(z)))
+#
+# A large step both writes more and forgets more: dt is the gate of this recurrence.
+
+class GatedRMSNorm(nn.Module):
+    """RMSNorm over the last axis of y * SiLU(z), eps 1e-5, computed in at least float32."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, y, z):
+        gated = full(y) * F.silu(full(z))
+        return F.rms_norm(gated, self.weight.shape, full(self.weight), eps=1e-5).to(y.dtype)
+
+
+class Mamba2(nn.Module):
+    """The Mamba-2 token mixer: (b, l, d_model) -> (b, l, d_model), causal in the order of l.
+
+    Parameter names, shapes and initial values are those of the official module (Dao & Gu, 2024;
+    state-spaces/mamba), so its weights load here; the norm is over all of d_inner, whatever
+    ngroups. ValueError unless headdim divides expand * d_model, and ngroups the number of heads.
+    """
+
+    def __init__(self, d_model, d_state=64, d_conv=4, expand=2, headdim=64, ngroups=1,
+                 chunk_size=None):
+        super().__init__()
+        d_inner = expand * d_model
+        if d_inner % headdim:
+            raise ValueError(f"expand * d_model = {d_inner} is no multiple of headdim = {headdim}")
+        nheads = d_inner // headdim
+        if nheads % ngroups:
+            raise ValueError(f"ngroups = {ngroups} must divide the number of heads, {nheads}")
+        self.headdim, self.ngroups, self.chunk_size = headdim, ngroups, chunk_size
+        d_conv_in = d_inner + 2 * ngroups * d_state                    # x, Bm and Cm side by side
+        self.sizes = d_inner, ngroups * d_state, nheads, d_conv_in
+
+        self.in_proj = nn.Linear(d_model, d_inner + d_conv_in + nheads, bias=False)
+        self.conv1d = nn.Conv1d(d_conv_in, d_conv_in, d_conv, groups=d_conv_in, padding=d_conv - 1)
+        # Steps start log-uniform between 1e-3 and 1e-1: some heads remember long, some briefly.
+        dt = torch.exp(torch.empty(nheads).uniform_(math.log(1e-3), math.log(1e-1)))
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))      # softplus(dt_bias) = dt
+        self.A_log = nn.Parameter(torch.log(torch.empty(nheads).uniform_(1, 16)))
+        self.D = nn.Parameter(torch.ones(nheads))
+        self.norm = GatedRMSNorm(d_inner)
+        self.out_proj = nn.Linear(d_inner, d_model, bias=False)
+
+    def forward(self, u):
+        b, l, _ = u.shape
+        d_inner, d_bc, nheads, d_conv_in = self.sizes
+        z, xBC, dt = self.in_proj(u).split([d_inner, d_conv_in, nheads], dim=-1)    # (b, l, ...)
+        # The convolution is padded on both sides; keeping the first l outputs makes it causal.
+        xBC = F.silu(self.conv1d(xBC.transpose(1, 2))[..., :l].transpose(1, 2))
+        x, Bm, Cm = xBC.split([d_inner, d_bc, d_bc], dim=-1)
+        x = x.unflatten(-1, (nheads, self.headdim))                                 # (b, l, h, p)
+        Bm, Cm = (v.unflatten(-1, (self.ngroups, -1)) for v in (Bm, Cm))            # (b, l, g, n)
+
+        dt = F.softplus(full(dt) + self.dt_bias)                                    # (b, l, h)
+        log_decay = -dt * torch.exp(full(self.A_log))                               # (b, l, h) <= 0
+        y, _ = ssd_chunked((x * dt[..., None]).to(x.dtype), log_decay, Bm, Cm,
+                           chunk_size=self.chunk_size)
+        y = y + x * self.D[:, None]                                                 # (b, l, h, p)
+        return self.out_proj(self.norm(y.flatten(2), z))
+
+
+# What mixes the tokens of a model: name -> class, made as cls(dim, d_state=, expand=, headdim=),
+# mapping (b, l, dim) to the same shape. "none" returns its input: it tells what a scan is worth.
+MIXERS = {"mamba2": Mamba2, "none": nn.Identity}
+
+
+# ------------------------------------------------------------------------------------------------
+# §7  Scan orders
+#
+# §5 reads a sequence, but a picture has none: some order must be chosen. Reading row after row, as
+# a page, jumps from the end of each row to the start of the next. A zigzag turns round instead, so
+# that consecutive tokens are always neighbours. One path sees only what came before it; models
+# therefore use several: from each corner, along rows or along columns, eight in all.
+#
+# order[i] is the raster index of the cell that is visited i-th: tokens[:, order] lays the cells
+# along the path. The other reading, "when is cell i visited", is its inverse. They are easily
+# swapped, and a round trip cannot tell (a row zigzag is even its own inverse).
+
+def zigzag_orders(height, width):
+    """The eight zigzags over a grid -> LongTensor (8, height * width) of raster indices.
+
+    Corners top left, top right, bottom left, bottom right; from each, first the path along the
+    rows, then the one along the columns. Source: Hu et al. (2024), "ZigMa".
+    """
+    grid = torch.arange(height * width).view(height, width)
+
+    def snake(cells):
+        cells = cells.clone()
+        cells[1::2] = cells[1::2].flip(1)               # every other row is walked backwards
+        return cells.flatten()
+
+    corners = grid, grid.flip(1), grid.flip(0), grid.flip(0, 1)
+    return torch.stack([snake(view) for corner in corners for view in (corner, corner.T)])
+
+
+def raster_order(height, width):
+    """Row after row, as a page is read -> LongTensor (1, height * width)."""
+    return torch.arange(height * width)[None]
+
+
+def inverse_order(order):
+    """(..., l) -> (..., l): when each cell is visited. tokens[:, order][:, inverse] == tokens."""
+    return torch.argsort(order, dim=-1)
+
+
+# name -> function(height, width) -> LongTensor (paths, height * width)
+SCANS = {"zigzag": zigzag_orders, "raster": raster_order}
+
+
+class Scan(nn.Module):
+    """Lets a mixer read a grid of tokens along several paths and averages what it says.
+
+    (b, l, d) in raster order -> (b, l, d) in raster order; orders (paths, l). The paths share the
+    mixer's weights and run as one batch.
+    """
+
+    def __init__(self, mixer, orders):
+        super().__init__()
+        self.mixer = mixer
+        self.paths = len(orders)
+        offsets = torch.arange(self.paths)[:, None] * orders.shape[1]
+        self.register_buffer("order", orders.flatten(), persistent=False)
+        inverse = inverse_order(orders) + offsets
+        self.register_buffer("inverse", inverse.flatten(), persistent=False)
+
+    def forward(self, u):
+        b, l, d = u.shape
+        sequences = u.index_select(1, self.order).view(b * self.paths, l, d)
+        mixed = self.mixer(sequences).reshape(b, self.paths * l, d)
+        return mixed.index_select(1, self.inverse).view(b, self.paths, l, d).mean(1)
+
+
+# ------------------------------------------------------------------------------------------------
+# §8  LiquidUNet: liquid blocks at several resolutions
+#
+# A U-Net looks at a picture through ever coarser grids and comes back up; every grid on the way up
+# also gets the features that were left there on the way down. Where others put attention, these
+# blocks put three residual parts:
+#
+#     x = x + gain * CfC(AdaLN(x, c), c)      the liquid part of §4
+#     x = x + SpatialMix(AdaLN(x, c))         a 5x5 neighbourhood, and the mean of the whole picture
+#     x = x + FeedForward(AdaLN(x, c))        channels among themselves
+
+class Condition(nn.Module):
+    """c = time embedding + label embedding: t (B,), y (B,) or None -> (B, cond_dim).
+
+    Labels are 0 ... num_classes - 1; num_classes itself is the null class, "any", which y = None
+    stands for. ValueError for labels given to a model without classes.
+    """
+
+    def __init__(self, cond_dim, num_classes):
+        super().__init__()
+        self.num_classes = num_classes
+        self.time = SinusoidalTimeEmbedding(cond_dim)
+        self.label = nn.Embedding(num_classes + 1, cond_dim) if num_classes else None
+
+    def forward(self, t, y):
+        if not self.num_classes and y is not None:
+            raise ValueError("this model was made with num_classes=0: it takes no labels")
+        y = torch.full(t.shape, self.num_classes, device=t.device) if y is None else y
+        return self.time(t) + (self.label(y) if self.num_classes else 0)
+
+
+class SpatialMix(nn.Module):
+    """Local and global context without attention: (B, dim, H, W) -> (B, dim, H, W)."""
+
+    def __init__(self, dim, kernel_size):
+        super().__init__()
+        self.local = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
+        self.everywhere = nn.Conv2d(dim, dim, 1)
+        self.merge = nn.Conv2d(2 * dim, dim, 1)
+
+    def forward(self, x):
+        mean = self.everywhere(x.mean((2, 3), keepdim=True)).expand_as(x)    # (B, dim, H, W)
+        return F.silu(self.merge(torch.cat([self.local(x), mean], dim=1)))
+
+
+class UNetBlock(nn.Module):
+    """The three residual parts above: x (B, dim, H, W), c (B, cond_dim) -> (B, dim, H, W)."""
+
+    def __init__(self, dim, cond_dim, kernel_size=5, expand=2):
+        super().__init__()
+        self.norm_cfc, self.norm_mix, self.norm_ff = (AdaLN(dim, cond_dim) for _ in range(3))
+        self.cfc = ParallelCfC(dim, cond_dim, kernel_size, expand)
+        self.gain = nn.Parameter(torch.full((dim, 1, 1), 0.5))    # near 0: no gradient for the CfC
+        self.mix = SpatialMix(dim, kernel_size)
+        self.ff = nn.Sequential(
+            nn.Conv2d(dim, expand * dim, 1), nn.SiLU(), nn.Conv2d(expand * dim, dim, 1))
+
+    def forward(self, x, c):
+        x = x + self.gain * self.cfc(self.norm_cfc(x, c), c)
+        x = x + self.mix(self.norm_mix(x, c))
+        return x + self.ff(self.norm_ff(x, c))
+
+
+class SkipFusion(nn.Module):
+    """Joins the way up, x, with what the way down left, skip, by a gate that c opens."""
+
+    def __init__(self, dim, cond_dim):
+        super().__init__()
+        self.merge = nn.Conv2d(2 * dim, dim, 1)
+        self.gate = nn.Linear(cond_dim, dim)
+
+    def forward(self, x, skip, c):
+        gate = torch.sigmoid(self.gate(F.silu(c)))[:, :, None, None]         # (B, dim, 1, 1)
+        return gate * self.merge(torch.cat([x, skip], dim=1)) + (1 - gate) * x
+
+
+class LiquidUNet(nn.Module):
+    """A U-Net of convolutional CfC blocks: x (B, C, H, W), t (B,), y (B,) or None -> x's shape.
+
+    channels and blocks list the stages from fine to coarse, two extra blocks lie at the bottom.
+    ValueError unless every side is a multiple of 2^(stages - 1). The output is zero at first.
+    """
+
+    block = UNetBlock
+
+    def __init__(self, image_size, in_channels, num_classes, channels=(64, 128, 256),
+                 blocks=(2, 2, 4), cond_dim=256, **block_options):
+        super().__init__()
+        if len(channels) != len(blocks):
+            raise ValueError(f"channels {channels} and blocks {blocks} must have the same length")
+        factor = 2 ** (len(channels) - 1)
+        if any(side % factor for side in sides(image_size)):
+            raise ValueError(f"image size {image_size}: each side must be a multiple of {factor}, "
+                             f"because the U-Net halves it {len(channels) - 1} times")
+
+        def stage(dim, count):
+            return nn.ModuleList(self.block(dim, cond_dim, **block_options) for _ in range(count))
+
+        self.condition = Condition(cond_dim, num_classes)
+        self.stem = nn.Sequential(
+            nn.Conv2d(in_channels, channels[0], 3, padding=1), nn.SiLU(),
+            nn.Conv2d(channels[0], channels[0], 3, padding=1))
+        self.encoder = nn.ModuleList(map(stage, channels, blocks))
+        pairs = list(zip(channels, channels[1:]))                     # (fine, coarse)
+        self.down = nn.ModuleList(nn.Conv2d(f, c, 3, stride=2, padding=1) for f, c in pairs)
+        self.bottom = stage(channels[-1], 2)
+        self.decoder = nn.ModuleList(map(stage, channels, blocks))    # used from coarse to fine
+        self.up = nn.ModuleList(nn.Conv2d(c, f, 3, padding=1) for f, c in pairs)
+        self.fuse = nn.ModuleList(SkipFusion(dim, cond_dim) for dim in channels[:-1])
+        self.norm = AdaLN(channels[0], cond_dim)
+        # Answer 0 at first: then the first loss is known (§11)
+        self.head = zeroed(nn.Conv2d(channels[0], in_channels, 3, padding=1))
+
+    def forward(self, x, t, y=None):
+        c = self.condition(t, y)                                      # (B, cond_dim)
+        x = self.stem(x)                                              # (B, channels[0], H, W)
+        skips = []
+        for i, stage in enumerate(self.encoder):
+            for block in stage:
+                x = block(x, c)                                   # (B, channels[i], H/2^i, W/2^i)
+            if i < len(self.down):
+                skips.append(x)
+                x = self.down[i](x)
+        for block in self.bottom:
+            x = block(x, c)
+        for i, stage in reversed(list(enumerate(self.decoder))):
+            if i < len(self.up):
+                x = self.up[i](F.interpolate(x, scale_factor=2.0, mode="nearest"))
+                x = self.fuse[i](x, skips.pop(), c)
+            for block in stage:
+                x = block(x, c)
+        return self.head(F.silu(self.norm(x, c)))                     # (B, C, H, W)
+
+
+# ------------------------------------------------------------------------------------------------
+# §9  LiquidPatch and LiquidMamba: one token model, two kinds of block
+#
+# The picture is cut into patches, each patch becomes a token, blocks work on the tokens, and the
+# tokens become patches again. Blocks in the second half also get what a block in the first half
+# made (long skips), so that fine detail need not survive the middle. The scan needs the tokens as
+# a sequence, the CfC's convolution as a grid: two views of the same memory.
+
+def to_tokens(x):
+    """(B, C, H, W) -> (b, l, d) in raster order, l = H * W, d = C."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def to_grid(tokens, height, width):
+    """(b, l, d) -> (B, C, H, W), C = d; the inverse of to_tokens."""
+    return tokens.transpose(1, 2).unflatten(2, (height, width))
+
+
+class TokenCfC(nn.Module):
+    """gain * ParallelCfC on a grid of tokens: u (b, l, dim), c (b, cond_dim) -> (b, l, dim)."""
+
+    def __init__(self, dim, cond_dim, grid, kernel_size, expand):
+        super().__init__()
+        self.grid = grid
+        self.cfc = ParallelCfC(dim, cond_dim, kernel_size, expand)
+        self.gain = nn.Parameter(torch.full((dim,), 0.5))         # near 0: no gradient for the CfC
+
+    def forward(self, u, c):
+        return self.gain * to_tokens(self.cfc(to_grid(u, *self.grid), c))
+
+
+class PatchBlock(nn.Module):
+    """Scan and CfC side by side, then a feed-forward: x (b, l, dim), c (b, cond_dim) -> x's shape.
+
+        u = AdaLN(x, c);   x = x + Scan(u) + gain * CfC(u, c);   x = x + FeedForward(AdaLN(x, c))
+
+    One path for each block; the blocks of a model take turns.
+    """
+
+    def __init__(self, dim, cond_dim, grid, mixer, order, kernel_size=5, cfc_expand=1, ff_expand=4):
+        super().__init__()
+        self.norm_mix, self.norm_ff = AdaLN(dim, cond_dim), AdaLN(dim, cond_dim)
+        self.scan = Scan(mixer, order[None])
+        self.cfc = TokenCfC(dim, cond_dim, grid, kernel_size, cfc_expand)
+        self.ff = nn.Sequential(
+            nn.Linear(dim, ff_expand * dim), nn.GELU(), nn.Linear(ff_expand * dim, dim))
+
+    def forward(self, x, c):
+        u = self.norm_mix(x, c)
+        x = x + self.scan(u) + self.cfc(u, c)
+        return x + self.ff(self.norm_ff(x, c))
+
+
+class MambaBlock(nn.Module):
+    """CfC, then a scan there and back, then CfC: x (b, l, dim), c (b, cond_dim) -> x's shape.
+
+        x = x + gain * CfC(AdaLN(x, c), c);  x = x + Scan(AdaLN(x, c));  x = x + gain * CfC(...)
+
+    The scan averages a path and the same path backwards, so each token hears from both sides.
+    """
+
+    def __init__(self, dim, cond_dim, grid, mixer, order, kernel_size=5, cfc_expand=1):
+        super().__init__()
+        self.norm_in, self.norm_mix, self.norm_out = (AdaLN(dim, cond_dim) for _ in range(3))
+        self.cfc_in, self.cfc_out = (
+            TokenCfC(dim, cond_dim, grid, kernel_size, cfc_expand) for _ in range(2))
+        self.scan = Scan(mixer, torch.stack([order, order.flip(0)]))
+
+    def forward(self, x, c):
+        x = x + self.cfc_in(self.norm_in(x, c), c)
+        x = x + self.scan(self.norm_mix(x, c))
+        return x + self.cfc_out(self.norm_out(x, c), c)
+
+
+class LiquidPatch(nn.Module):
+    """The token model: x (B, C, H, W), t (B,), y (B,) or None -> x's shape.
+
+    patch_size 0 means max(least_patch, shorter side // most_cells). ValueError unless the patch
+    size divides every side, and for unknown names of scan or mixer. The output is zero at first.
+    """
+
+    block, least_patch, most_cells = PatchBlock, 2, 32
+
+    def __init__(self, image_size, in_channels, num_classes, dim=256, depth=4, cond_dim=256,
+                 patch_size=0, d_state=64, expand=2, headdim=64, scan="zigzag", mixer="mamba2",
+                 **block_options):
+        super().__init__()
+        size = sides(image_size)
+        p = patch_size or max(self.least_patch, min(size) // self.most_cells)
+        if any(side % p for side in size):
+            raise ValueError(f"image size {image_size}: each side must be a multiple of the patch "
+                             f"size, {p} (squares of side {self.most_cells}, or a multiple, work)")
+        self.patch_size, self.grid = p, (size[0] // p, size[1] // p)
+        orders = choose("scan", scan, SCANS)(*self.grid)
+        make_mixer = choose("mixer", mixer, MIXERS)
+
+        self.condition = Condition(cond_dim, num_classes)
+        self.embed = nn.Conv2d(in_channels, dim, p, stride=p)
+        # Where a token is: one vector for its row, one for its column
+        self.rows = nn.Parameter(0.02 * torch.randn(dim, self.grid[0], 1))
+        self.columns = nn.Parameter(0.02 * torch.randn(dim, 1, self.grid[1]))
+        self.stem = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        # In steps of 13 the blocks go through the eight zigzags as 0 5 2 7 4 1 6 3: the first four
+        # start from four corners, rows and columns in turn, and soon every cell hears every other.
+        self.blocks = nn.ModuleList(
+            self.block(dim, cond_dim, self.grid,
+                       make_mixer(dim, d_state=d_state, expand=expand, headdim=headdim),
+                       orders[13 * i % len(orders)], **block_options)
+            for i in range(depth))
+        self.skips = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(depth // 2))
+        self.norm = AdaLN(dim, cond_dim)
+        self.refine = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.head = zeroed(nn.Conv2d(dim, in_channels * p * p, 1))    # as in §8
+
+    def forward(self, x, t, y=None):
+        c = self.condition(t, y)                                      # (B, cond_dim)
+        x = self.embed(x) + self.rows + self.columns                  # (B, d, H/p, W/p)
+        x = to_tokens(x + self.stem(x))                               # (b, l, d), l = H/p * W/p
+        first_half = []                                               # what the skips will bring
+        for i, block in enumerate(self.blocks):
+            late = i - (len(self.blocks) - len(self.skips))           # >= 0 in the second half
+            if late >= 0:
+                x = self.skips[late](torch.cat([x, first_half.pop()], dim=-1))
+            x = block(x, c)
+            if i < len(self.skips):
+                first_half.append(x)
+        x = to_grid(self.norm(x, c), *self.grid)                      # (B, d, H/p, W/p)
+        x = self.head(x + self.refine(x))                             # (B, C p p, H/p, W/p)
+        return F.pixel_shuffle(x, self.patch_size)                    # (B, C, H, W)
+
+
+class LiquidMamba(LiquidPatch):
+    """The token model with CfC-scan-CfC blocks, made for latents: patches may be single cells."""
+
+    block, least_patch, most_cells = MambaBlock, 1, 16
+
+
+# ------------------------------------------------------------------------------------------------
+# §10  Variants
+#
+# One table of shapes. From "tiny" upwards they follow the three documents that this project was
+# started from (LiquidFlow, LiquidDiffusion, LiquidFlow-Gen); "nano" is for a laptop's processor.
+# The tour prints what they count to beside what the documents claim: count, do not believe.
+
+ARCHS = {"patch": LiquidPatch, "unet": LiquidUNet, "mamba": LiquidMamba}
+
+VARIANTS = {
+    "patch": {
+        "nano": dict(dim=96, depth=3, cond_dim=64, patch_size=4, d_state=16, expand=1,
+                     headdim=48, kernel_size=3, ff_expand=2),
+        "tiny": dict(dim=256, depth=4, cond_dim=128),
+        "small": dict(dim=384, depth=4, cond_dim=192),
+        "base": dict(dim=512, depth=6, cond_dim=256),
+        "512": dict(dim=512, depth=6, cond_dim=256),
+    },
+    "unet": {
+        "nano": dict(channels=(16, 48, 96), blocks=(1, 1, 1), cond_dim=64, kernel_size=3,
+                     expand=1),
+        "tiny": dict(channels=(64, 128, 256), blocks=(2, 2, 4), cond_dim=256),
+        "small": dict(channels=(96, 192, 384), blocks=(2, 3, 6), cond_dim=384),
+        "base": dict(channels=(128, 256, 512), blocks=(2, 4, 8), cond_dim=512),
+        "large": dict(channels=(128, 256, 512, 768), blocks=(2, 4, 8, 4), cond_dim=512),
+    },
+    "mamba": {
+        "nano": dict(dim=96, depth=3, cond_dim=64, patch_size=4, d_state=16, expand=1,
+                     headdim=48, kernel_size=3),
+        "tiny": dict(dim=128, depth=4, cond_dim=128),
+        "small": dict(dim=256, depth=6, cond_dim=128),
+        "base": dict(dim=384, depth=9, cond_dim=256),
+    },
+}
+
+
+def create_model(arch, variant, image_size, in_channels=3, num_classes=0, **overrides):
+    """A model by name; model.config rebuilds it: create_model(**model.config).
+
+    image_size: the side of x itself (of the latent, for latents), an int or (H, W). overrides:
+    any keyword of the model's class. ValueError, saying what is allowed, for an unknown arch,
+    variant or keyword, a value of the wrong kind, and a size that the variant cannot divide.
+    """
+    model_class = choose("arch", arch, ARCHS)
+    options = {**choose(f"variant of {arch}", variant, VARIANTS[arch]), **overrides}
+    known = {name: type(parameter.default) for part in (model_class, model_class.block)
+             for name, parameter in inspect.signature(part).parameters.items()
+             if parameter.default is not parameter.empty}
+    for name, value in options.items():
+        kind = choose(f"option of {arch}", name, known)
+        value = tuple(value) if isinstance(value, list) else value
+        if type(value) is not kind or value == ():
+            raise ValueError(f"option {name} takes {kind.__name__}, not {value!r}")
+        least = 0 if name == "patch_size" else 1
+        if kind is not str and not all(type(v) is int and v >= least
+                                       for v in (value if kind is tuple else (value,))):
+            raise ValueError(f"option {name} takes whole numbers from {least} up, not {value!r}")
+    model = model_class(image_size, in_channels, num_classes, **options)
+    model.config = dict(arch=arch, variant=variant, image_size=image_size,
+                        in_channels=in_channels, num_classes=num_classes, **overrides)
+    return model
+
+
+# ------------------------------------------------------------------------------------------------
+# §11  Processes: how a picture turns into noise, and what the network learns from it
+#
+# A process mixes a picture x0 with Gaussian noise, more and more of it as t goes from 0 to 1:
+#
+#     x_t = alpha(t) * x0 + sigma(t) * noise
+#
+# The network sees x_t and t and must answer with one fixed mixture of the two, from which both can
+# be recovered. Two choices:
+#
+#     rectified flow   alpha = 1 - t, sigma = t             learns velocity = noise - x0 = dx_t/dt
+#     VP diffusion     alpha^2 + sigma^2 = 1 (a table)      learns noise
+#
+# Many papers count the other way, t = 1 for data. Interpolant, target and sampler must be turned
+# round together or not at all; here a process is one class that holds all that they need.
+#
+# What loss to expect? A new network answers 0, so its first velocity loss is the mean square of
+# noise - x0, 1 + E[x0^2], and its first noise loss is 1. Neither can fall to 0: one noisy picture
+# belongs to many clean ones, and the best answer is their mean.
+
+class Process:
+    """What both processes share. t is (B,) in [0, 1], x0, noise and x_t are (B, C, H, W).
+
+    A subclass says alpha_sigma(t), target(x0, noise, t), split(x_t, t, output), times(steps), and
+    whether its network `predicts` "velocity" or "noise".
+    """
+
+    def interpolate(self, x0, noise, t):
+        """x_t = alpha(t) * x0 + sigma(t) * noise."""
+        alpha, sigma = self.alpha_sigma(t)
+        return per_picture(alpha, x0) * x0 + per_picture(sigma, x0) * noise
+
+    def loss(self, model, x0, y=None, t=None, noise=None, reduction="mean"):
+        """(mean squared error of the network's answer, its guess x0_hat of x0, t).
+
+        t uniform in [0, 1) and noise standard normal unless given; reduction "none" gives one
+        error for each picture, (B,).
+        """
+        t = torch.rand(len(x0), device=x0.device, dtype=full(x0).dtype) if t is None else t
+        noise = torch.randn_like(x0) if noise is None else noise
+        x_t = self.interpolate(x0, noise, t)
+        output = full(model(x_t, t, y))
+        error = (output - self.target(x0, noise, t)).square().flatten(1).mean(1)    # (B,)
+        x0_hat, _ = self.split(x_t, t, output)
+        return (error.mean() if reduction == "mean" else error), x0_hat, t
+
+
+class RectifiedFlow(Process):
+    """The straight path x_t = (1 - t) * x0 + t * noise; the network predicts the velocity.
+
+    Source: Liu et al. (2023), "Flow Straight and Fast" (there with t = 1 at the data).
+    """
+
+    predicts = "velocity"
+
+    def alpha_sigma(self, t):
+        """(1 - t, t), each (B,)."""
+        return 1 - t, t
+
+    def target(self, x0, noise, t):
+        """The velocity dx_t/dt = noise - x0, the same at all t."""
+        return noise - x0
+
+    def split(self, x_t, t, output):
+        """(x0_hat, noise_hat) from a velocity v: x_t - t * v and x_t + (1 - t) * v."""
+        t = per_picture(t, x_t)
+        return x_t - t * output, x_t + (1 - t) * output
+
+    def times(self, steps):
+        """(steps,): the t at which a sampler asks the network: 1, ..., 1 / steps."""
+        return torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1]
+
+
+class VPDiffusion(Process):
+    """The variance-preserving process of DDPM; the network predicts the noise.
+
+    alpha(t)^2 = alpha_bar[round(t * (num_timesteps - 1))], the running product of 1 - beta, beta
+    linear from beta_start to beta_end. So t = 0 is not quite data (alpha_bar[0] < 1), t = 1 not
+    quite noise. Source: Ho et al. (2020), "Denoising Diffusion Probabilistic Models".
+    """
+
+    predicts = "noise"
+
+    def __init__(self, num_timesteps=1000, beta_start=1e-4, beta_end=0.02):
+        beta = torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
+        self.num_timesteps = num_timesteps
+        self.alpha_bar = torch.cumprod(1 - beta, 0)    # in float64: a product of 1,000 factors
+
+    def alpha_sigma(self, t):
+        """(sqrt(alpha_bar), sqrt(1 - alpha_bar)) at t, each (B,)."""
+        t = full(t)
+        index = torch.round(t * (self.num_timesteps - 1)).long().to(self.alpha_bar.device)
+        alpha_bar = self.alpha_bar[index]
+        return tuple(v.sqrt().to(t.dtype).to(t.device) for v in (alpha_bar, 1 - alpha_bar))
+
+    def target(self, x0, noise, t):
+        """The noise."""
+        return noise
+
+    def split(self, x_t, t, output):
+        """(x0_hat, noise_hat) from predicted noise: x0_hat = (x_t - sigma * noise_hat) / alpha.
+
+        At t = 1 alpha is 0.006: an error in the noise comes back 160 times larger in x0_hat.
+        """
+        alpha, sigma = (per_picture(v, x_t) for v in self.alpha_sigma(t))
+        return (x_t - sigma * output) / alpha, output
+
+    def times(self, steps):
+        """As above: every (T / steps)-th index, counted from the last, which is most like noise.
+
+        ValueError for more steps than indices.
+        """
+        T = self.num_timesteps
+        if steps > T:
+            raise ValueError(f"{steps} steps, but this process has only {T}: ask for at most {T}")
+        indices = torch.tensor([round(T - i * T / steps) - 1 for i in range(steps)])
+        return indices.double() / max(T - 1, 1)
+
+
+# name -> class: the paths that a model can be trained and sampled on
+PROCESSES = {"flow": RectifiedFlow, "diffusion": VPDiffusion}
+
+
+# ------------------------------------------------------------------------------------------------
+# §12  Physics-informed penalties
+#
+# The name promises more than there is: a physics-informed loss proper punishes the residual of an
+# equation, and pictures obey none. These are image priors borrowed from physics: a smoothness
+# energy, a conserved quantity, a spectrum. Each looks at x0_hat, the picture that the network
+# believes in, and costs nothing once training is over.
+#
+# They must not speak too loudly. x0_hat at high noise is rightly a blur, the mean of all pictures
+# that it could be. Asking it for the gradients or the mean of x0 then asks for a worse answer.
+# Every picture is therefore weighted by its signal, alpha(t)^2, and the terms are warmed up.
+
+def picture_mean(x):
+    """(B, ...) -> (B,): the mean over all but the first axis; 0 where there is nothing."""
+    return full(x).flatten(1).sum(1) / max(x[0].numel(), 1)
+
+
+def total_variation(x):
+    """mean|dx| + mean|dy|: (B, C, H, W) -> (B,).
+
+    Rewards flat areas with sharp edges between them. Bias: washes out texture and fine lines, and
+    lowers contrast. Source: Rudin, Osher & Fatemi (1992), anisotropic form.
+    """
+    dx, dy = x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
+    return picture_mean(dx.abs()) + picture_mean(dy.abs())
+
+
+def laplacian_energy(x):
+    """Mean square of the 5-point Laplacian on the interior: (B, C, H, W) -> (B,).
+
+    Rewards smooth shading (a linear ramp costs nothing). Bias: blurs edges, which cost it most.
+    """
+    inner = x[..., 1:-1, 1:-1]
+    around = x[..., :-2, 1:-1] + x[..., 2:, 1:-1] + x[..., 1:-1, :-2] + x[..., 1:-1, 2:]
+    return picture_mean((around - 4 * inner).square())
+
+
+def gradient_loss(p, q):
+    """mean|dx p - dx q| + mean|dy p - dy q|: two (B, C, H, W) -> (B,).
+
+    Rewards edges in the right place. Bias: blind to overall brightness; where an edge is uncertain,
+    the absolute value prefers none to a soft one.
+    """
+    return total_variation(p - q)
+
+
+def intensity_loss(p, q):
+    """(mean p - mean q)^2 for each channel, averaged: two (B, C, H, W) -> (B,).
+
+    Rewards keeping the amount of light of each colour, the conserved quantity. Bias: at high noise
+    even the best x0_hat cannot know it, and is pushed to guess.
+    """
+    return picture_mean((p.mean((2, 3)) - q.mean((2, 3))).square())
+
+
+def spectral_loss(p, q):
+    """Mean (log(P_p + 1e-4) - log(P_q + 1e-4))^2, P = |rfft2|^2 / (H W): two (B, C, H, W) -> (B,).
+
+    Rewards as much detail at each scale as the original has. Bias: blind to where the detail is, so
+    noise of the right strength satisfies it. The 1e-4 keeps empty frequencies from dominating.
+    """
+    def log_power(x):
+        return torch.log(torch.fft.rfft2(full(x)).abs().square() / x[0, 0].numel() + 1e-4)
+
+    return picture_mean((log_power(p) - log_power(q)).square())
+
+
+# name -> term(x0_hat, x0) -> (B,). A new one stays silent until PhysicsLoss gives it a weight.
+PHYSICS = {
+    "tv": lambda p, q: total_variation(p),
+    "laplacian": lambda p, q: laplacian_energy(p),
+    "gradient": gradient_loss,
+    "intensity": intensity_loss,
+    "spectral": spectral_loss,
+}
+
+
+class PhysicsLoss:
+    """The weighted sum of the penalties: (x0_hat, x0, signal, step) -> (total, parts).
+
+        total = min(1, step / warmup_steps) * sum over terms of weight * mean(signal^2 * term)
+
+    signal (B,) = alpha_sigma(t)[0]; parts: the plain batch mean of each term, a dict of scalars.
+    weights: a dict of names in PHYSICS, ValueError for others. The idea of weighting by noise level
+    is that of Bastek, Sun & Kochmann (2025), "Physics-Informed Diffusion Models".
+    """
+
+    DEFAULT = {"tv": 0.01, "spectral": 0.01, "gradient": 0.001, "intensity": 0.001,
+               "laplacian": 0.0}
+
+    def __init__(self, weights=None, warmup_steps=500):
+        self.weights = dict(self.DEFAULT if weights is None else weights)
+        self.terms = {name: choose("physics term", name, PHYSICS) for name in self.weights}
+        self.warmup_steps = warmup_steps
+
+    def __call__(self, x0_hat, x0, signal, step):
+        p, q, signal = full(x0_hat), full(x0), full(signal)
+        values = {name: term(p, q) for name, term in self.terms.items()}             # (B,) each
+        total = p.new_zeros(())
+        for name, value in values.items():
+            if self.weights[name]:          # a term that is only watched stays out of the gradient
+                total = total + self.weights[name] * (signal.square() * value).mean()
+        warmup = min(1, step / self.warmup_steps) if self.warmup_steps else 1
+        return warmup * total, {name: value.detach().mean() for name, value in values.items()}
+
+
+# ------------------------------------------------------------------------------------------------
+# §13  Samplers: from noise to picture
+#
+# Start from noise at t = 1 and walk to t = 0 in a few steps. A velocity is the slope of the path,
+# so any method for ordinary differential equations will do:
+#
+#     Euler   x_s = x_t + (s - t) * v(x_t, t)                      error ~ 1 / steps
+#     Heun    the mean of the slopes at both ends of that step     error ~ 1 / steps^2, 2 calls each
+# Predicted noise is no slope. DDIM instead takes the answer apart into x0_hat and noise_hat and
+# mixes them anew for the next, less noisy time s; some of the noise may be drawn afresh (eta > 0):
+#
+#     x_s = alpha_s * x0_hat + sqrt(sigma_s^2 - variance) * noise_hat + sqrt(variance) * fresh noise
+#     variance = eta^2 * (sigma_s / sigma_t)^2 * (sigma_t^2 - (alpha_t / alpha_s)^2 * sigma_s^2)
+#
+# On the straight path with eta = 0 this IS the Euler step: (1 - s)(x - t v) + s(x + (1 - t) v)
+# = x + (s - t) v. All three take (model, process, noise, steps, y, cfg_scale, callback) and call
+# callback(i, x_t, x0_hat) once in every step before it is taken, i = 0 ... steps - 1.
+
+def everywhere(t, x):
+    """The time t, a number, for every picture of x: (B,), at least float32."""
+    return torch.full((len(x),), t, device=x.device, dtype=full(x).dtype)
+
+
+def guided(model, x, t, y, cfg_scale):
+    """The network's answer for x (B, C, H, W) at t (B,), with classifier-free guidance.
+
+    unconditional + cfg_scale * (conditional - unconditional): scale 1 is exactly the conditional
+    model and 0 the unconditional one, with one pass each; others run both in one batch. Source:
+    Ho & Salimans (2022), "Classifier-Free Diffusion Guidance"; their w is cfg_scale - 1.
+    """
+    if y is None or cfg_scale == 0:
+        return model(x, t, None)
+    if cfg_scale == 1:
+        return model(x, t, y)
+    if hasattr(model, "config"):
+        null = torch.full_like(y, model.config["num_classes"])
+        both = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([null, y]))
+        unconditional, conditional = both.chunk(2)
+    else:                             # a plain function, whose null label is not known: two passes
+        unconditional, conditional = model(x, t, None), model(x, t, y)
+    return torch.lerp(unconditional, conditional, cfg_scale)
+
+
+def walk(process, steps, predicts=("velocity", "noise")):
+    """[(0, t, s), (1, t, s), ...]: the steps from t = 1 to 0, each from t to the next time s.
+
+    ValueError for steps < 1, or if the sampler cannot use what the process's network predicts.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, not {steps}")
+    if process.predicts not in predicts:
+        raise ValueError(f"this sampler follows a velocity, but {type(process).__name__} predicts "
+                         f"{process.predicts}: use ddim")
+    times = [*process.times(steps).tolist(), 0.0]
+    return list(zip(range(steps), times, times[1:]))
+
+
+@torch.no_grad()
+def euler_sample(model, process, noise, steps, y=None, cfg_scale=1.0, callback=None):
+    """noise (B, C, H, W) -> x0, by `steps` Euler steps (one call of the model each).
+
+    ValueError for steps < 1 and for a process that does not predict velocity.
+    """
+    x = noise
+    for i, t, s in walk(process, steps, ["velocity"]):
+        velocity = guided(model, x, everywhere(t, x), y, cfg_scale)
+        if callback:
+            callback(i, x, process.split(x, everywhere(t, x), velocity)[0])
+        x = x + (s - t) * velocity
+    return x
+
+
+@torch.no_grad()
+def heun_sample(model, process, noise, steps, y=None, cfg_scale=1.0, callback=None):
+    """The same by Heun steps, the explicit trapezoidal rule (two calls of the model each)."""
+    x = noise
+    for i, t, s in walk(process, steps, ["velocity"]):
+        velocity = guided(model, x, everywhere(t, x), y, cfg_scale)
+        if callback:
+            callback(i, x, process.split(x, everywhere(t, x), velocity)[0])
+        x_s = x + (s - t) * velocity
+        x = x + (s - t) * (velocity + guided(model, x_s, everywhere(s, x), y, cfg_scale)) / 2
+    return x
+
+
+@torch.no_grad()
+def ddim_sample(model, process, noise, steps, y=None, cfg_scale=1.0, callback=None, eta=0.0,
+                generator=None):
+    """noise (B, C, H, W) -> x0, by `steps` DDIM steps, for either process.
+
+    eta 0: no new noise, the same picture every time; eta 1: as much as DDPM's sampler draws (from
+    `generator`). ValueError for steps < 1, more steps than the process has, and eta outside
+    [0, 1]. Source: Song et al. (2021), "Denoising Diffusion Implicit Models".
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must lie between 0 (no new noise) and 1 (DDPM), not {eta}")
+    x, path = noise, walk(process, steps)
+    alpha, sigma = (v.tolist() for v in process.alpha_sigma(process.times(steps)))
+    alpha, sigma = alpha + [1.0], sigma + [0.0]        # end at the picture, whatever t = 0 is
+    for i, t, s in path:
+        output = guided(model, x, everywhere(t, x), y, cfg_scale)
+        x0_hat, noise_hat = process.split(x, everywhere(t, x), output)
+        if callback:
+            callback(i, x, x0_hat)
+        kept = sigma[i] ** 2 - (alpha[i] / alpha[i + 1] * sigma[i + 1]) ** 2
+        variance = (eta * sigma[i + 1] / sigma[i]) ** 2 * kept
+        x = alpha[i + 1] * x0_hat + math.sqrt(max(0.0, sigma[i + 1] ** 2 - variance)) * noise_hat
+        if variance > 0:
+            fresh = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+            x = x + math.sqrt(variance) * fresh
+    return x
+
+
+# name -> sampler
+SAMPLERS = {"euler": euler_sample, "heun": heun_sample, "ddim": ddim_sample}
+
+
+# ------------------------------------------------------------------------------------------------
+# §14  EMA and checkpoints
+
+class EMA:
+    """A running average of a model's weights: calmer than the weights, and better to sample from.
+
+    .update(model) after every step; .model is the average. The decay grows with the number n of
+    updates so far, min(decay, (1 + n) / (10 + n)): a fixed 0.9999 would remember the random start
+    for 10,000 steps, and sample noise.
+    """
+
+    def __init__(self, model, decay):
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay, self.updates = decay, 0
+
+    @torch.no_grad()
+    def update(self, model):
+        """Moves the average towards the model's weights; buffers are copied."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        for average, value in zip(self.model.parameters(), model.parameters()):
+            average.lerp_(value.detach(), 1 - decay)
+        for average, value in zip(self.model.buffers(), model.buffers()):
+            average.copy_(value)
+
+
+def write_whole(path, fill):
+    """Writes a file whole or not at all: fill(file) on a temporary file, which is then renamed.
+
+    Whatever goes wrong on the way, a file that was at `path` before is still there, and whole.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())    # on the disk, not only on its way, before it gets its name
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path, state):
+    """Saves a state of tensors, numbers, strings, lists and dicts, whole or not at all."""
+    write_whole(path, lambda file: torch.save(state, file))
+
+
+def load_checkpoint(path):
+    """The state that save_checkpoint (or torch.save) wrote, on the CPU.
+
+    FileNotFoundError for a missing file; ValueError for one that is damaged or holds more than
+    plain data: code in a checkpoint is refused, never executed.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: there is no such file") from None
+    except Exception as error:    # torch reports damage as many different types
+        raise ValueError(f"{path}: refused ({type(error).__name__}): it is damaged, cut short, or "
+                         "holds more than the plain data that torch.save writes") from None
+
+
+# ------------------------------------------------------------------------------------------------
+# §15  TAESD: pictures as small latents
+#
+# A 512-pixel picture has 786,432 numbers; most of them can be guessed from the others. An
+# autoencoder keeps an eighth of each side: the generator then works on latents of 64 x 64, and the
+# decoder paints the detail back. TAESD is one that is small enough to read: 3x3 convolutions, 64
+# wide, 2.4 million weights. Its pictures live in [0, 1]; ours in [-1, 1], and the difference stays
+# inside the class.
+
+TAESD_URL = ("https://raw.githubusercontent.com/madebyollin/taesd/"
+             "5cccb12dc72074a4be35680c3b108548a7c69978")
+TAESD_FILES = {    # name -> git blob ids of its encoder and its decoder at that commit
+    "taesd": "65f85afc58480128926e52086fbf0fdc61c2c9b5 5915a429fc08eba4adf62bf74f96705b8b0d5c1f",
+    "taesdxl": "56dfb7ed13ac774bc28dcd981f072f26eb7c5e99 477bc7e9604f418029508e72ac8719bb9d048291",
+    "taesd3": "9678667c0e3e4b648a36daaa8094b1732ae4fb67 7943be72a9151d0b330c5d8a4fbb885d889b60a1",
+    "taef1": "d8ee13fa3a1ff9a92643669d718e4b0827daafa5 b772c9c4e6d3b79d06b277be59296389591783d3",
+    "taef2": "8d738aba02f7ba9d156712489322dc5c43d5db1c f4da1ec48cb805b5ee8deb22cfad03f48fe52f64",
+}
+
+
+class TAESDBlock(nn.Module):
+    """x -> ReLU(three convolutions(x) + x), (B, 64, H, W); pooled: first x -> x + pool(x).
+
+    The group norm of the pooled branch (taef2 alone has it) lets far-apart places hear each other.
+    """
+
+    def __init__(self, pooled=False):
+        super().__init__()
+        self.conv = nn.Sequential(
+            nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(64, 64, 3, padding=1))
+        self.pool = nn.Sequential(
+            nn.Conv2d(64, 256, 1, bias=False), nn.GroupNorm(4, 256), nn.ReLU(),
+            nn.Conv2d(256, 64, 1, bias=False)) if pooled else None
+
+    def forward(self, x):
+        if self.pool is not None:
+            x = x + self.pool(x)
+        return F.relu(self.conv(x) + x)
+
+
+class TAESD(nn.Module):
+    """The tiny autoencoder: pictures (B, 3, H, W) <-> latents (B, latent_channels, H/8, W/8).
+
+    taesd and taesdxl have 4 latent channels, taesd3 and taef1 16, taef2 32 and pooled blocks. The
+    keys of encoder.state_dict() and decoder.state_dict() are those of the published files. Weights
+    are frozen. Source: Ollin Boer Bohan, github.com/madebyollin/taesd.
+    """
+
+    def __init__(self, latent_channels=4, pooled=None):
+        super().__init__()
+        self.latent_channels = latent_channels
+        pooled = latent_channels == 32 if pooled is None else pooled
+
+        def blocks(pooled=False):
+            return [TAESDBlock(pooled) for _ in range(3)]
+
+        def halve():
+            return nn.Conv2d(64, 64, 3, stride=2, padding=1, bias=False)
+
+        def double():
+            return [nn.Upsample(scale_factor=2), nn.Conv2d(64, 64, 3, padding=1, bias=False)]
+
+        self.encoder = nn.Sequential(
+            nn.Conv2d(3, 64, 3, padding=1), TAESDBlock(),
+            halve(), *blocks(), halve(), *blocks(), halve(), *blocks(pooled),
+            nn.Conv2d(64, latent_channels, 3, padding=1))
+        self.decoder = nn.Sequential(
+            ScaledTanh(3, 1 / 3),                 # latents were within [-3, 3] in its training
+            nn.Conv2d(latent_channels, 64, 3, padding=1), nn.ReLU(),
+            *blocks(pooled), *double(), *blocks(), *double(), *blocks(), *double(),
+            TAESDBlock(), nn.Conv2d(64, 3, 3, padding=1))
+        self.requires_grad_(False)
+
+    def encode(self, images):
+        """Pictures in [-1, 1] -> latents. ValueError unless 8 divides both sides."""
+        height, width = images.shape[2:]
+        if height % 8 or width % 8:
+            raise ValueError(f"{height}x{width} pictures have no latents: 8 must divide both sides")
+        return self.encoder((images + 1) / 2)
+
+    def decode(self, latents):
+        """Latents -> pictures, clamped to [-1, 1]."""
+        return self.decoder(latents).clamp(0, 1) * 2 - 1
+
+    @classmethod
+    def load(cls, encoder_path, decoder_path):
+        """A TAESD from two published files; what it is made of is read from the weights.
+
+        float16 files become float32. FileNotFoundError or ValueError, naming the file, for one that
+        is missing, damaged or made for something else; nothing inside a file is ever executed.
+        """
+        found, channels = [], []
+        for path, key, axis in (encoder_path, "14.weight", 0), (decoder_path, "1.weight", 1):
+            weights = load_checkpoint(path)
+            if not isinstance(weights, dict) or getattr(weights.get(key), "ndim", 0) != 4:
+                raise ValueError(f"{path}: not this half of a TAESD (no convolution {key})")
+            found.append(weights)
+            channels.append(weights[key].shape[axis])
+        if channels[0] != channels[1]:
+            raise ValueError(f"{decoder_path}: made for {channels[1]} latent channels, but "
+                             f"{encoder_path} makes {channels[0]}")
+        taesd = cls(channels[0], pooled=any(".pool." in str(key) for key in found[0]))
+        for path, weights, module in zip((encoder_path, decoder_path), found,
+                                         (taesd.encoder, taesd.decoder)):
+            try:
+                module.load_state_dict({key: value.float() for key, value in weights.items()})
+            except (RuntimeError, AttributeError) as error:
+                reason = str(error).splitlines()[-1].strip()
+                raise ValueError(f"{path}: does not fit: {reason}") from None
+        return taesd.eval()
+
+    @classmethod
+    def pretrained(cls, name="taesd", cache_dir=None):
+        """Downloads the two files of a family member once, checks them, and loads them.
+
+        cache_dir None: "liquidflow" in torch.hub's folder. ValueError, naming the file, where its
+        git blob id is not the one in TAESD_FILES; ConnectionError, naming both addresses and where
+        the files belong, where they cannot be fetched.
+        """
+        folder = Path(cache_dir or Path(torch.hub.get_dir()) / "liquidflow")
+        blob_ids = choose("autoencoder", name, TAESD_FILES).split()
+        paths = [folder / f"{name}_{part}.pth" for part in ("encoder", "decoder")]
+        urls = [f"{TAESD_URL}/{path.name}" for path in paths]
+        for path, url, blob_id in zip(paths, urls, blob_ids):
+            try:
+                data = path.read_bytes() if path.exists() else urllib.request.urlopen(
+                    url, timeout=30).read()
+            except (OSError, http.client.HTTPException) as error:
+                raise ConnectionError(f"cannot get {name} ({error}); download {urls[0]} and "
+                                      f"{urls[1]} and put them into {folder}") from None
+            if hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() != blob_id:
+                raise ValueError(f"{path if path.exists() else url}: not the published file (its "
+                                 f"git blob id is not {blob_id}); remove it and try again")
+            if not path.exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                write_whole(path, lambda file: file.write(data))
+        return cls.load(*paths)
+
+
+# ------------------------------------------------------------------------------------------------
+# §16  The tour: python liquidflow.py
+
+# What the documents claim for each variant, and the size and channels it is claimed for
+CLAIMS = {
+    "patch": {"tiny": ("5.9M", 128), "small": ("13.7M", 128), "base": ("37.6M", 256),
+              "512": ("38.1M", 512)},
+    "unet": {"tiny": ("8M, 23M", 256), "small": ("25M, 69M", 256), "base": ("65M, 154M", 512),
+             "large": ("120M", 512)},
+    "mamba": {"tiny": ("2M", 16), "small": ("8M", 16), "base": ("30M", 16)},
+}
+
+
+def tour():
+    """Prints, section by section, shapes and measured errors; then the table of variants."""
+    torch.manual_seed(0)
+
+    def gap(a, b):
+        return f"{(a - b).abs().max().item():.1e}"
+
+    t, x, c = torch.rand(4), torch.randn(4, 48, 8, 8), torch.randn(4, 64)
+    print(f"§2  time {tuple(t.shape)} -> embedding {tuple(SinusoidalTimeEmbedding(64)(t).shape)}")
+    plain = F.group_norm(x, 24, eps=1e-6)
+    print(f"§3  a new AdaLN against the plain norm: {gap(AdaLN(48, 64)(x, c), plain)}")
+
+    x0, f, A, tau, time = (torch.rand(100, dtype=torch.float64) + 0.5 for _ in range(5))
+    exact = ltc_closed_form(x0, f, A, tau, time)
+    errors = [gap(ltc_ode(x0, f, A, tau, time, steps), exact) for steps in (4, 8, 16)]
+    print(f"§4  LTC by 4, 8, 16 Runge-Kutta steps against the closed form: {', '.join(errors)}")
+    state = CfCCell(3, 5)(1e6 * torch.randn(4, 3), torch.randn(4, 5), t)
+    print(f"    CfC cell, inputs around 1e6: |state| up to {state.abs().max():.3f}, never above 1")
+    gate, alpha = ParallelCfC(48, 64).gates(x, c)
+    print(f"    CfC on pictures: gate {tuple(gate.shape)}, alpha around {alpha.mean():.2f}")
+
+    inputs = [torch.randn(2, 300, 4, 8), -torch.rand(2, 300, 4),              # x, log_decay
+              torch.randn(2, 300, 2, 16), torch.randn(2, 300, 2, 16)]         # Bm, Cm
+    inputs = [v.double() for v in inputs]
+    y, state = ssd_sequential(*inputs)
+    print(f"§5  x {tuple(inputs[0].shape)} -> y {tuple(y.shape)}, state {tuple(state.shape)}")
+    for name, form in (("quadratic", ssd_quadratic), ("chunked", ssd_chunked)):
+        print(f"    {name} form against the recurrence: {gap(form(*inputs)[0], y)}")
+    u, mixer = torch.randn(2, 50, 32), Mamba2(32, headdim=16)
+    moved = gap(mixer(torch.cat([u[:, :30], u[:, 30:] + 1], dim=1))[:, :30], mixer(u)[:, :30])
+    print(f"§6  Mamba-2 {tuple(u.shape)}: a change at token 30 moves the tokens before by {moved}")
+    print(f"§7  the zigzag down the columns of 3 x 4 cells: {zigzag_orders(3, 4)[1].tolist()}")
+
+    model, pictures = create_model("patch", "nano", 32), torch.rand(64, 3, 32, 32) * 2 - 1
+    first = [process().loss(model, pictures)[0].item() for process in PROCESSES.values()]
+    print(f"§11 first losses of a new model: flow {first[0]:.3f} (1 + E[x0^2] = "
+          f"{1 + pictures.square().mean():.3f}), diffusion {first[1]:.3f} (1)")
+    values = {name: term(pictures, 0 * pictures).mean().item() for name, term in PHYSICS.items()}
+    print("§12 uniform noise: " + ", ".join(f"{name} {v:.3f}" for name, v in values.items()))
+
+    # For data that are Gaussian, N(0, 1/4), the best velocity is linear in x_t and the path can be
+    # written down: it ends at noise / 2. A sampler can be tested without a network.
+    def velocity(x, t, y=None):
+        t = per_picture(t, x)
+        return x * (t - (1 - t) / 4) / ((1 - t) ** 2 / 4 + t**2)
+
+    noise, flow = torch.randn(2, 3, 4, 4).double(), RectifiedFlow()
+    for name, sampler in SAMPLERS.items():
+        errors = [gap(sampler(velocity, flow, noise, steps), noise / 2) for steps in (16, 32, 64)]
+        print(f"§13 {name:<5} in 16, 32, 64 steps, error: {', '.join(errors)}")
+    print(f"§15 TAESD {tuple(pictures.shape)} -> {tuple(TAESD().encode(pictures).shape)}")
+
+    print("\nvariant        size  parameters  claimed")
+    for arch, claims in CLAIMS.items():
+        for variant in VARIANTS[arch]:
+            claim, size = claims.get(variant, ("new here", 32))
+            with torch.device("meta"):               # shapes without memory: enough for counting
+                model = create_model(arch, variant, size, 4 if arch == "mamba" else 3)
+            count = sum(p.numel() for p in model.parameters())
+            print(f"{arch + ' ' + variant:<13} {size:>5} {count:>11,}  {claim}")
+
+
+if __name__ == "__main__":
+    tour()

@@ -1,0 +1,144 @@
+"""Draws pictures with a trained LiquidFlow model.
+
+    python sample.py                                          newest run below runs/ -> samples.png
+    python sample.py --n 16 --sampler heun --steps 25         fewer, better steps
+    python sample.py --gif path.gif                           also the way from noise to picture
+
+The checkpoint holds everything that is needed: the model's shape, its process, and the averaged
+weights, which are the ones that are sampled from. Same seed, same machine: same pictures.
+"""
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torchvision.utils import make_grid
+
+from liquidflow import PROCESSES, SAMPLERS, create_model, load_checkpoint, write_whole
+from train import (CHECKPOINT_VERSION, SAMPLER_OF, Parser, Progress, duration, fail, number,
+                   pick_device)
+
+BATCH = 64    # pictures drawn at once
+
+
+def newest_checkpoint(folder="runs"):
+    """The ckpt.pt below a folder that was written last. FileNotFoundError if there is none."""
+    found = sorted(Path(folder).rglob("ckpt.pt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise FileNotFoundError(f"there is no checkpoint below {folder}/: run python train.py "
+                                "first, or give --ckpt")
+    return found[-1]
+
+
+def load_model(path, device):
+    """(model with the averaged weights, its process, name of that process, step) of a checkpoint.
+
+    ValueError or FileNotFoundError, naming the file, where it is missing, damaged, of another
+    version, or not a run's checkpoint at all.
+    """
+    state = load_checkpoint(path)
+    if not isinstance(state, dict) or "version" not in state:
+        raise ValueError(f"{path}: not a checkpoint of train.py")
+    if state["version"] != CHECKPOINT_VERSION:
+        raise ValueError(f"{path}: written by another version of train.py (its checkpoints are of "
+                         f"version {state['version']}, this program reads {CHECKPOINT_VERSION})")
+    try:
+        model = create_model(**state["config"])
+        model.load_state_dict(state["ema"])
+        process = PROCESSES[state["process"]]()
+        return model.to(device).eval(), process, state["process"], state["step"]
+    except (KeyError, TypeError, RuntimeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: its contents do not fit together ({error})") from None
+
+
+def draw_noise(n, shape, seed):
+    """(n, *shape) normal noise; picture i gets the same noise however many are drawn."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randn(shape, generator=generator) for _ in range(n)])
+
+
+def grid_picture(pictures):
+    """Pictures (n, 3, H, W) in [-1, 1] -> one PIL image, as square a grid as can be."""
+    grid = make_grid(pictures, nrow=math.ceil(math.sqrt(len(pictures))), normalize=True,
+                     value_range=(-1, 1))
+    return Image.fromarray((grid * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def parse_arguments(argv=None):
+    """The command line; sampler and steps depend on the checkpoint and are filled in by run()."""
+    parser = Parser(description="Draw pictures with a trained LiquidFlow model.",
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--ckpt", help="a checkpoint; the newest below runs/ if not given")
+    add("--n", type=number(int, 1), default=36, help="how many pictures")
+    add("--steps", type=number(int, 1), default=50, help="sampler steps: more is better and slower")
+    add("--sampler", choices=SAMPLERS, help="euler for flows and ddim for diffusion if not given")
+    add("--eta", type=number(float, 0, 1), default=0.0, help="ddim only: fresh noise, 0 to 1")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="same seed, same pictures")
+    add("--out", default="samples.png", help="where the grid goes (.png)")
+    add("--gif", help="also write the path from noise to picture, as an animated GIF")
+    add("--device", default="auto", help="cpu, cuda, mps, or the fastest there is")
+    return parser.parse_args(argv)
+
+
+def run(args):
+    """Loads, samples, writes; says what and where."""
+    for path, suffix in (args.out, ".png"), (args.gif, ".gif"):
+        if path and (Path(path).suffix.lower() != suffix or not Path(path).parent.is_dir()):
+            raise ValueError(f"{path}: must end in {suffix} and lie in a folder that exists")
+    device = pick_device(args.device)
+    path = args.ckpt or newest_checkpoint()
+    model, process, process_name, step = load_model(path, device)
+    name = args.sampler or SAMPLER_OF[process_name]
+    options = {}
+    if args.eta:
+        if name != "ddim":
+            raise ValueError(f"--eta {args.eta}: only --sampler ddim draws fresh noise, not {name}")
+        options = dict(eta=args.eta, generator=torch.Generator(device).manual_seed(args.seed))
+
+    height, width = (model.config["image_size"],) * 2 if isinstance(
+        model.config["image_size"], int) else model.config["image_size"]
+    noise = draw_noise(args.n, (model.config["in_channels"], height, width), args.seed)
+    print(f"{path}: {model.config['arch']} {model.config['variant']}, step {step}; "
+          f"{args.n} pictures in {args.steps} {name} steps on {device}")
+    start, parts = time.time(), noise.split(BATCH)
+    progress = Progress("step", args.steps * len(parts))
+    pictures, frames = [], [[] for _ in range(args.steps)]
+    for i, part in enumerate(parts):
+        def watch(step, x_t, x0_hat, before=i * args.steps):
+            progress(before + step + 1)
+            if args.gif:
+                frames[step].append(x_t.cpu())
+
+        sampler = SAMPLERS[name]
+        pictures.append(sampler(model, process, part.to(device), args.steps, callback=watch,
+                                **options).cpu())
+    progress.close()
+
+    grid = grid_picture(torch.cat(pictures))
+    write_whole(args.out, lambda file: grid.save(file, "PNG"))
+    seconds = time.time() - start
+    print(f"{args.out}: {args.n} pictures in {duration(seconds)} ({args.n / seconds:.1f} a second)")
+    if args.gif:
+        images = [grid_picture(torch.cat(frame)) for frame in frames] + [grid]
+        times = [max(20, 3000 // args.steps)] * args.steps + [2000]    # ms; rest on the last
+        write_whole(args.gif, lambda file: images[0].save(
+            file, "GIF", save_all=True, append_images=images[1:], duration=times, loop=0))
+        print(f"{args.gif}: the path from noise to picture, {len(images)} frames")
+
+
+def main(argv=None):
+    """Runs the command line; what the user can mend is one line and exit code 2."""
+    try:
+        run(parse_arguments(argv))
+    except (ValueError, OSError) as error:
+        fail(error)
+    except KeyboardInterrupt:
+        fail("interrupted; nothing was written")
+
+
+if __name__ == "__main__":
+    main()

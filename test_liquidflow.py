@@ -1,0 +1,1408 @@
+"""The proofs: python -m pytest. Sections follow liquidflow.py.
+
+Hypothesis draws sizes and a seed; tensors are built from the seed. Exactness is claimed, and
+checked, in float64. A tolerance stands beside the gap that was measured.
+"""
+
+import ast
+import copy
+import csv
+import functools
+import hashlib
+import http.server
+import io
+import math
+import os
+import pickle
+import subprocess
+import sys
+import tarfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch.testing import assert_close
+
+import liquidflow as lf
+import sample
+import train
+
+settings.register_profile("proofs", deadline=None, derandomize=True, max_examples=40)
+settings.load_profile("proofs")
+seeds = st.integers(0, 2**32)
+HERE = Path(__file__).parent
+
+
+def normal(seed, *shape, dtype=torch.float64):
+    """Normal numbers from a seed."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def uniform(seed, *shape, dtype=torch.float64):
+    """Numbers in [0, 1) from a seed."""
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def shake(module, seed, scale=0.3):
+    """Replaces every parameter by normal numbers, so that nothing is hidden by a zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    return module
+
+
+# ------------------------------------------------------------------------------------------------
+# §1 to §3  Helpers, time, AdaLN
+# ------------------------------------------------------------------------------------------------
+
+@given(st.integers(1, 33), st.integers(1, 5), seeds)
+def test_sinusoidal_is_the_formula(dim, b, seed):
+    t = uniform(seed, b)
+    features = lf.sinusoidal(t, dim)
+    assert features.shape == (b, dim) and features.dtype == torch.float64
+    half = dim // 2
+    for i in range(b):
+        for k in range(half):
+            angle = 1000 * t[i].item() * 10000 ** (-k / half)
+            assert features[i, k].item() == pytest.approx(math.cos(angle), abs=1e-9)
+            assert features[i, half + k].item() == pytest.approx(math.sin(angle), abs=1e-9)
+    assert dim % 2 == 0 or (features[:, -1] == 0).all()
+
+
+def test_scaled_time_separates_and_unscaled_does_not():
+    t = torch.linspace(0, 1, 200, dtype=torch.float64)
+
+    def first_direction(scale):
+        values = torch.linalg.svdvals(lf.sinusoidal(t, 256, scale=scale).sub_(
+            lf.sinusoidal(t, 256, scale=scale).mean(0))).square()
+        return (values[0] / values.sum()).item()
+
+    assert first_direction(1) > 0.99       # measured 0.994: one direction holds it all
+    assert first_direction(1000) < 0.2     # measured 0.08
+
+
+def test_time_embedding_ignores_autocast():
+    embed, t = lf.SinusoidalTimeEmbedding(64), uniform(0, 8, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = embed(t)
+    assert torch.equal(inside, embed(t)) and inside.dtype == torch.float32
+
+
+@given(st.integers(1, 70), seeds)
+def test_adaln_starts_as_the_plain_norm_and_uses_the_largest_grouping(dim, seed):
+    x, c = normal(seed, 2, dim, 3, 4), normal(seed + 1, 2, 5)
+    norm = lf.AdaLN(dim, 5).double()
+    groups = [g for g in range(1, 33) if dim % g == 0][-1]
+    assert_close(norm(x, c), nn.GroupNorm(groups, dim, eps=1e-6, affine=False)(x))
+    tokens = x.flatten(2).transpose(1, 2)
+    assert_close(norm(tokens, c), nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)(tokens))
+
+
+def test_adaln_modulates_each_picture_by_its_own_condition():
+    norm = shake(lf.AdaLN(4, 4).double(), 0)    # batch = dim = sides: a wrong broadcast would pass
+    x, c = normal(1, 4, 4, 4, 4), normal(2, 4, 4)
+    scale, shift = norm.modulation(c).chunk(2, 1)
+    for i in range(4):
+        for j in range(4):
+            expected = F.group_norm(x, 4, eps=1e-6)[i, j] * (1 + scale[i, j]) + shift[i, j]
+            assert_close(norm(x, c)[i, j], expected)
+            tokens = F.layer_norm(x[:, 0], (4,), eps=1e-6)[i, :, j]
+            tokens = tokens * (1 + scale[i, j]) + shift[i, j]
+            assert_close(norm(x[:, 0], c)[i, :, j], tokens)
+
+
+# ------------------------------------------------------------------------------------------------
+# §4  Liquid
+# ------------------------------------------------------------------------------------------------
+
+def test_ltc_runge_kutta_converges_to_the_closed_form_with_order_four():
+    x0, f, A, tau, t = 2 * normal(0, 50), *(uniform(i, 50) + 0.5 for i in range(1, 5))
+    exact = lf.ltc_closed_form(x0, f, A, tau, t)
+    errors = [(lf.ltc_ode(x0, f, A, tau, t, steps) - exact).abs().mean() for steps in (16, 32, 64)]
+    for coarse, fine in zip(errors, errors[1:]):
+        assert 14 < coarse / fine < 19    # 2^4 = 16; measured 17.1 and 16.5
+    assert errors[-1] < 1e-6
+
+
+@given(seeds)
+def test_ltc_closed_form_has_its_limits_and_stays_between_them(seed):
+    x0, f, A = normal(seed, 9), uniform(seed + 1, 9), normal(seed + 2, 9)
+    tau = uniform(seed, 9) + 0.1
+    assert_close(lf.ltc_closed_form(x0, f, A, tau, torch.zeros(9).double()), x0)
+    rest = f * A / (1 / tau + f)
+    assert_close(lf.ltc_closed_form(x0, f, A, tau, torch.full((9,), 1e6).double()), rest)
+    x = lf.ltc_closed_form(x0, f, A, tau, uniform(seed + 3, 9))
+    assert ((x - x0) * (x - rest) <= 1e-12).all()
+
+
+def published_cfc(cell, x, h, t):
+    """The published PyTorch cell (mode "default") as its formulas state it; t (b, 1)."""
+    z = torch.cat([x, h], 1)
+    for layer in cell.backbone:
+        z = layer(z) if isinstance(layer, nn.Linear) else 1.7159 * torch.tanh(0.666 * z)
+    ff1, ff2 = torch.tanh(cell.g_head(z)), torch.tanh(cell.h_head(z))
+    interp = torch.sigmoid(cell.time_a(z) * t + cell.time_b(z))
+    return ff1 * (1 - interp) + interp * ff2
+
+
+@given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 6), st.integers(0, 3), seeds)
+@example(5, 2, 5, 1, 0)    # batch = hidden: where (b,) would be lined up with the wrong axis
+def test_cfc_cell_is_the_published_one_for_every_form_of_time(b, inputs, hidden, layers, seed):
+    cell = shake(lf.CfCCell(inputs, hidden, 7, layers), seed).double()
+    x, h, t = normal(seed, b, inputs), normal(seed + 1, b, hidden), 3 * uniform(seed + 2, b)
+    expected = published_cfc(cell, x, h, t[:, None])
+    assert_close(cell(x, h, t), expected)
+    assert_close(cell(x, h, t[:, None]), expected)
+    assert_close(cell(x, h, 0.7), published_cfc(cell, x, h, torch.full((b, 1), 0.7).double()))
+    assert_close(torch.cat([cell(x[i:i + 1], h[i:i + 1], t[i]) for i in range(b)]), expected)
+
+
+@given(seeds, *[st.sampled_from([0, 1e-3, 1, 1e3, 1e9])] * 3)
+def test_cfc_cell_stays_in_its_box_for_every_weight_input_and_time(seed, weight, size, time):
+    cell = shake(lf.CfCCell(3, 4, 8, 2), seed, weight)
+    x, h = size * normal(seed, 6, 3).float(), size * normal(seed + 1, 6, 4).float()
+    out = cell(x, h, time * normal(seed + 2, 6).float())
+    assert out.isfinite().all() and out.abs().max() <= 1 + 1e-6
+
+
+def test_cfc_cell_runs_from_g_to_h_as_time_passes():
+    cell = shake(lf.CfCCell(3, 4), 0).double()
+    x, h = normal(1, 5, 3), normal(2, 5, 4)
+    with torch.no_grad():
+        cell.time_a.weight.zero_()
+        cell.time_a.bias.fill_(1.0)      # f > 0
+    z = cell.backbone(torch.cat([x, h], 1))
+    assert_close(cell(x, h, -1e3), torch.tanh(cell.g_head(z)))
+    assert_close(cell(x, h, 1e3), torch.tanh(cell.h_head(z)))
+
+
+@given(st.integers(1, 5), st.integers(1, 6), st.integers(1, 6), seeds,
+       st.sampled_from([0.1, 1, 30]), st.sampled_from([0.1, 10, 1e4]))
+def test_parallel_cfc_is_bounded_by_its_input_and_one(dim, height, width, seed, weight, size):
+    cfc = shake(lf.ParallelCfC(dim, 3, kernel_size=3), seed, weight)
+    x, c = size * normal(seed, 2, dim, height, width).float(), size * normal(seed + 1, 2, 3).float()
+    gate, alpha = cfc.gates(x, c)
+    assert gate.shape == x.shape and alpha.shape == (2, dim, 1, 1)
+    assert ((0 <= gate) & (gate <= 1) & (0 <= alpha) & (alpha <= 1)).all()
+    assert (cfc.liquid_time(c) > 0).all()
+    assert (cfc(x, c).abs() <= x.abs().clamp(min=1) * (1 + 1e-6)).all()
+
+
+def test_parallel_cfc_is_its_formula():
+    cfc = shake(lf.ParallelCfC(4, 4, kernel_size=3), 0).double()    # batch = dim = sides
+    x, c = normal(1, 4, 4, 4, 4), normal(2, 4, 4)
+    gate, alpha = cfc.gates(x, c)
+    features, ts = cfc.backbone(x), cfc.liquid_time(c)
+    for i in range(4):
+        for j in range(4):
+            f = cfc.f_head(features)[i, j]
+            expected_gate = torch.sigmoid(-(f * ts[i, j] + cfc.bias(c)[i, j]))
+            assert_close(gate[i, j], expected_gate)
+            decay = 0.5 ** (4 ** torch.tanh(cfc.rho[j]) * ts[i, j])
+            assert_close(alpha[i, j, 0, 0], decay)
+            g, h = torch.tanh(cfc.g_head(features))[i, j], torch.tanh(cfc.h_head(features))[i, j]
+            mixed = expected_gate * g + (1 - expected_gate) * h
+            assert_close(cfc(x, c)[i, j], decay * x[i, j] + (1 - decay) * mixed)
+
+
+@given(seeds)
+def test_parallel_cfc_starts_with_weight_on_both_branches_and_feels_time(seed):
+    torch.manual_seed(seed)
+    cfc, embed = lf.ParallelCfC(16, 32), lf.SinusoidalTimeEmbedding(32)
+    _, alpha = cfc.gates(torch.randn(64, 16, 2, 2), torch.randn(64, 32))
+    assert 0.3 < alpha.min() and alpha.max() < 0.7
+    early, late = cfc.liquid_time(embed(torch.tensor([0.1, 0.9])))
+    assert (early - late).abs().max() > 1e-4    # the seed's mean over the embedding: 0 to 7 digits
+
+
+def test_parallel_cfc_refuses_an_even_kernel():
+    with pytest.raises(ValueError, match="odd"):
+        lf.ParallelCfC(4, 4, kernel_size=4)
+
+
+# ------------------------------------------------------------------------------------------------
+# §5  State-space duality
+# ------------------------------------------------------------------------------------------------
+
+def ssd_inputs(seed, b, l, g, r, p, n, dtype=torch.float64):
+    """Random arguments: decays of exactly 0, of all sizes, and bursts of -60, mixed."""
+    kind = torch.randint(4, (b, l, g * r), generator=torch.Generator().manual_seed(seed))
+    size = torch.tensor([0.0, 1e-3, 1.0, 60.0], dtype=dtype)[kind]
+    part = uniform(seed + 1, b, l, g * r, dtype=dtype)
+    decay = -size * part.where(kind < 3, torch.ones((), dtype=dtype))
+    return (normal(seed + 2, b, l, g * r, p, dtype=dtype), decay,
+            normal(seed + 3, b, l, g, n, dtype=dtype), normal(seed + 4, b, l, g, n, dtype=dtype),
+            normal(seed + 5, b, g * r, p, n, dtype=dtype))
+
+
+def values_and_gradients(function, inputs, **options):
+    """y, final state, and the gradient of a fixed random projection of both to every input."""
+    inputs = [v.clone().requires_grad_() for v in inputs]
+    y, state = function(*inputs, **options)
+    (y * normal(7, *y.shape)).sum().add((state * normal(8, *state.shape)).sum()).backward()
+    return [y.detach(), state.detach(), *(v.grad for v in inputs)]
+
+
+FORMS = {"quadratic": lf.ssd_quadratic, "chunked": lf.ssd_chunked}
+small = st.integers(1, 3)
+
+
+@given(seeds, small, st.integers(1, 90), st.integers(1, 100), small, small, small, small)
+@example(0, 1, 1, 1, 1, 1, 1, 1)      # the shortest sequence
+@example(0, 2, 7, 100, 2, 3, 2, 3)    # a chunk longer than the sequence
+@example(1, 1, 90, 1, 1, 2, 2, 2)     # chunks of one token: as many states to carry as tokens
+@example(2, 2, 85, 2, 2, 1, 1, 2)     # 43 chunks: more than one group in carry_states
+def test_three_ways_are_one_operator(seed, b, l, chunk, g, r, p, n):
+    inputs = ssd_inputs(seed, b, l, g, r, p, n)
+    expected = values_and_gradients(lf.ssd_sequential, inputs)
+    for found in (values_and_gradients(lf.ssd_quadratic, inputs),
+                  values_and_gradients(lf.ssd_chunked, inputs, chunk_size=chunk)):
+        for a, e in zip(found, expected):
+            assert_close(a, e, rtol=1e-10, atol=1e-10)    # measured 3e-14
+    without = lf.ssd_sequential(*inputs[:4])
+    for found in lf.ssd_quadratic(*inputs[:4]), lf.ssd_chunked(*inputs[:4], chunk_size=chunk):
+        assert_close(found, without, rtol=1e-10, atol=1e-10)
+
+
+def test_recurrence_is_the_definition():
+    x, decay, Bm, Cm, state = ssd_inputs(0, 2, 5, 2, 2, 3, 4)
+    y, final = lf.ssd_sequential(x, decay, Bm, Cm, state)
+    for i in range(2):
+        for head in range(4):
+            S = state[i, head]
+            for t in range(5):
+                S = decay[i, t, head].exp() * S + torch.outer(x[i, t, head], Bm[i, t, head // 2])
+                assert_close(y[i, t, head], S @ Cm[i, t, head // 2])
+            assert_close(final[i, head], S)
+
+
+@given(seeds, st.integers(2, 60), st.integers(1, 20), st.data())
+def test_a_sequence_in_two_parts_is_the_whole(seed, l, chunk, data):
+    cut = data.draw(st.integers(1, l - 1))
+    *sequence, state = ssd_inputs(seed, 2, l, 1, 2, 2, 3)
+    y, final = lf.ssd_chunked(*sequence, state, chunk_size=chunk)
+    first, carried = lf.ssd_chunked(*(v[:, :cut] for v in sequence), state, chunk_size=chunk)
+    second, last = lf.ssd_chunked(*(v[:, cut:] for v in sequence), carried, chunk_size=chunk)
+    assert_close(torch.cat([first, second], 1), y, rtol=1e-10, atol=1e-10)
+    assert_close(last, final, rtol=1e-10, atol=1e-10)
+
+
+@given(seeds, st.integers(2, 60), st.integers(1, 20), st.data())
+def test_no_token_hears_from_a_later_one(seed, l, chunk, data):
+    cut = data.draw(st.integers(1, l - 1))
+    inputs = ssd_inputs(seed, 1, l, 1, 2, 2, 3)
+    changed = [v.clone() for v in inputs]
+    for v in changed[:4]:
+        v[:, cut:] *= 3
+    for function, options in ((lf.ssd_quadratic, {}), (lf.ssd_chunked, dict(chunk_size=chunk))):
+        before, after = function(*inputs, **options)[0], function(*changed, **options)[0]
+        assert torch.equal(before[:, :cut], after[:, :cut])
+        assert not torch.equal(before[:, cut:], after[:, cut:])
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_float32_keeps_its_digits_after_a_burst(name):
+    x, _, Bm, Cm, state = ssd_inputs(0, 1, 256, 1, 2, 4, 8)
+    decay = -0.01 * uniform(1, 1, 256, 2)
+    decay[:, 5:100] = -60.0    # running sums reach -5700, where float32 is 5e-4 apart
+    exact = lf.ssd_sequential(x, decay, Bm, Cm, state)[0]
+    found = FORMS[name](*(v.float() for v in (x, decay, Bm, Cm, state)))[0]
+    assert (found - exact).abs().max() / exact.abs().max() < 1e-5    # measured 5e-7
+
+
+def test_segment_sum_masks_before_exp():
+    decay = torch.full((1, 64, 1), -60.0, requires_grad=True)
+    one = torch.ones(1, 64, 1, 1)
+    lf.ssd_quadratic(one, decay, one, one)[0].sum().backward()
+    assert decay.grad.isfinite().all()
+
+
+def test_a_chunk_must_hold_a_token():
+    inputs = ssd_inputs(0, 1, 3, 1, 1, 1, 1)
+    with pytest.raises(ValueError, match="chunk_size"):
+        lf.ssd_chunked(*inputs, chunk_size=0)
+
+
+@given(seeds, st.integers(1, 80), st.integers(1, 40))
+def test_half_precision_stays_near_float32(seed, l, chunk):
+    inputs = ssd_inputs(seed, 1, l, 1, 2, 4, 8, dtype=torch.float32)
+    exact = lf.ssd_chunked(*inputs, chunk_size=chunk)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = lf.ssd_chunked(*inputs, chunk_size=chunk)[0].float()
+    assert (found - exact).abs().max() <= 0.03 * exact.abs().max() + 0.03    # bfloat16: 3 digits
+
+
+# ------------------------------------------------------------------------------------------------
+# §6  Mamba-2
+# ------------------------------------------------------------------------------------------------
+
+def mamba2_token_by_token(m, u):
+    """The mixer as its formulas state it, token by token, a window for the convolution."""
+    d_inner, d_bc, h, width = m.sizes
+    out, window = [], torch.zeros(len(u), width, m.conv1d.kernel_size[0], dtype=u.dtype)
+    S = torch.zeros(len(u), h, m.headdim, d_bc // m.ngroups, dtype=u.dtype)
+    for u_t in u.unbind(1):
+        z, xBC, dt = m.in_proj(u_t).split([d_inner, width, h], 1)
+        window = torch.cat([window[..., 1:], xBC[..., None]], -1)
+        x, B, C = F.silu((window * m.conv1d.weight[:, 0]).sum(-1) + m.conv1d.bias).split(
+            [d_inner, d_bc, d_bc], 1)
+        dt = F.softplus(dt + m.dt_bias)
+        x = x.view(-1, h, m.headdim)
+        B, C = (v.view(len(u), m.ngroups, -1).repeat_interleave(h // m.ngroups, 1) for v in (B, C))
+        S = torch.exp(-dt * m.A_log.exp())[..., None, None] * S \
+            + (dt[..., None] * x)[..., None] * B[:, :, None]
+        y = ((S @ C[..., None]).squeeze(-1) + m.D[:, None] * x).flatten(1) * F.silu(z)
+        y = y / (y.square().mean(1, keepdim=True) + 1e-5).sqrt() * m.norm.weight
+        out.append(m.out_proj(y))
+    return torch.stack(out, 1)
+
+
+@given(st.integers(1, 40), st.integers(1, 12), st.sampled_from([1, 2]), st.integers(1, 4), seeds)
+def test_mamba2_is_its_formulas_token_by_token(l, chunk, ngroups, d_conv, seed):
+    mixer = shake(lf.Mamba2(6, 5, d_conv, 2, 3, ngroups, chunk), seed, 0.5).double()
+    u = normal(seed, 2, l, 6)
+    expected = mamba2_token_by_token(mixer, u)
+    assert_close(mixer(u), expected, rtol=1e-9, atol=1e-9)    # measured 1e-14
+
+
+def test_mamba2_has_the_official_names_shapes_and_starting_values():
+    torch.manual_seed(0)
+    mixer = lf.Mamba2(256, d_state=16, headdim=2, ngroups=2)    # 256 heads, for the statistics
+    shapes = {name: tuple(p.shape) for name, p in mixer.named_parameters()}
+    assert shapes == {
+        "in_proj.weight": (2 * 512 + 2 * 2 * 16 + 256, 256), "conv1d.weight": (512 + 64, 1, 4),
+        "conv1d.bias": (576,), "dt_bias": (256,), "A_log": (256,), "D": (256,),
+        "norm.weight": (512,), "out_proj.weight": (256, 512)}
+    dt, A = F.softplus(mixer.dt_bias), mixer.A_log.exp()
+    assert (dt > 0.99e-3).all() and (dt < 0.1001).all()
+    assert -4.9 < dt.log().mean() < -4.3    # log-uniform: half-way between 1e-3 and 1e-1, -4.6
+    assert (A >= 1).all() and (A <= 16).all() and 7.5 < A.mean() < 9.5
+    assert (mixer.D == 1).all()
+
+
+def test_mamba2_refuses_widths_that_do_not_divide():
+    with pytest.raises(ValueError, match="headdim"):
+        lf.Mamba2(16)
+    with pytest.raises(ValueError, match="ngroups"):
+        lf.Mamba2(96, ngroups=2)
+
+
+# ------------------------------------------------------------------------------------------------
+# §7  Scans
+# ------------------------------------------------------------------------------------------------
+
+sides = st.integers(1, 9)
+
+
+@given(st.sampled_from(sorted(lf.SCANS)), sides, sides)
+def test_scans_visit_every_cell_once_and_have_inverses(name, height, width):
+    orders = lf.SCANS[name](height, width)
+    assert orders.dtype == torch.int64 and orders.shape[1] == height * width
+    for order in orders:
+        assert sorted(order.tolist()) == list(range(height * width))
+        cells = torch.arange(height * width)
+        assert torch.equal(cells[order][lf.inverse_order(order)], cells)
+    assert torch.equal(lf.inverse_order(orders), torch.stack([lf.inverse_order(o) for o in orders]))
+
+
+@given(sides, sides)
+@example(3, 5)
+def test_zigzags_step_to_neighbours_from_four_corners_by_rows_then_columns(height, width):
+    orders = lf.zigzag_orders(height, width)
+    assert orders.shape == (8, height * width)
+    corners = [0, width - 1, (height - 1) * width, height * width - 1]    # TL, TR, BL, BR
+    for i, order in enumerate(orders):
+        y, x = order // width, order % width
+        assert ((y.diff().abs() + x.diff().abs()) == 1).all()
+        assert order[0] == corners[i // 2]
+        line, length = (y, width) if i % 2 == 0 else (x, height)    # rows first, then columns
+        assert (line[:length] == line[0]).all()
+
+
+def test_zigzag_by_hand():
+    orders = lf.zigzag_orders(2, 3).tolist()    # 0 1 2 / 3 4 5
+    assert orders == [
+        [0, 1, 2, 5, 4, 3], [0, 3, 4, 1, 2, 5], [2, 1, 0, 3, 4, 5], [2, 5, 4, 1, 0, 3],
+        [3, 4, 5, 2, 1, 0], [3, 0, 1, 4, 5, 2], [5, 4, 3, 0, 1, 2], [5, 2, 1, 4, 3, 0]]
+
+
+@given(st.sampled_from(sorted(lf.SCANS)), sides, sides)
+def test_scan_hands_each_path_to_the_mixer_and_puts_tokens_back(name, height, width):
+    orders = lf.SCANS[name](height, width)
+    u = normal(0, 2, height * width, 3)
+
+    class Running(nn.Module):
+        def forward(self, sequence):
+            return sequence.cumsum(1)
+
+    expected = torch.zeros_like(u)
+    for order in orders:
+        path = u[:, order].cumsum(1)
+        for i, cell in enumerate(order):
+            expected[:, cell] += path[:, i] / len(orders)
+    assert_close(lf.Scan(Running(), orders)(u), expected)
+    assert_close(lf.Scan(nn.Identity(), orders)(u), u)
+
+
+# ------------------------------------------------------------------------------------------------
+# §8 to §10  Models
+# ------------------------------------------------------------------------------------------------
+
+MODELS = [("patch", 32), ("unet", 32), ("mamba", 16), ("patch", (16, 24)), ("unet", (8, 12)),
+          ("mamba", (16, 8))]
+TINY = {"patch": dict(dim=16, depth=4, cond_dim=8, headdim=8, d_state=4),
+        "unet": dict(channels=(6, 8), blocks=(1, 1), cond_dim=8),
+        "mamba": dict(dim=16, depth=3, cond_dim=8, headdim=8, d_state=4)}
+
+
+def tiny_model(arch, size=16, seed=0, **options):
+    """A model small enough for float64 proofs, with nothing left at zero."""
+    model = lf.create_model(arch, "nano", size, **{**TINY[arch], **options})
+    return shake(model, seed, 0.2).double()
+
+
+@pytest.mark.parametrize("arch, size", MODELS)
+def test_models_keep_shape_start_at_zero_and_rebuild_from_their_config(arch, size):
+    torch.manual_seed(0)
+    model = lf.create_model(arch, "nano", size, num_classes=3)
+    x, t, y = torch.randn(2, 3, *lf.sides(size)), torch.rand(2), torch.tensor([0, 2])
+    assert torch.equal(model(x, t, y), torch.zeros_like(x))
+    twin = lf.create_model(**copy.deepcopy(model.config))
+    twin.load_state_dict(model.state_dict())
+    shake(model, 1, 0.1), shake(twin, 1, 0.1)
+    assert torch.equal(model(x, t, y), twin(x, t, y)) and model(x, t, y).abs().max() > 0
+
+
+@pytest.mark.parametrize("arch", lf.ARCHS)
+def test_pictures_in_a_batch_do_not_hear_of_each_other(arch):
+    model, x, t = tiny_model(arch, num_classes=2), normal(0, 3, 3, 16, 16), uniform(1, 3)
+    y = torch.tensor([0, 1, 2])
+    whole = model(x, t, y)
+    for i in range(3):
+        assert_close(model(x[i:i + 1], t[i:i + 1], y[i:i + 1])[0], whole[i])
+
+
+@pytest.mark.parametrize("arch", lf.ARCHS)
+def test_every_parameter_learns_and_every_pixel_hears_of_every_other(arch):
+    model = tiny_model(arch)
+    x = normal(0, 1, 3, 16, 16).requires_grad_()
+    model(x, uniform(1, 1)).square().sum().backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    for pixel in ((0, 0), (15, 15), (0, 15)):
+        reach, = torch.autograd.grad(model(x, uniform(1, 1))[0, :, pixel[0], pixel[1]].sum(), x)
+        assert (reach[0].abs().sum(0) > 0).all()
+
+
+@pytest.mark.parametrize("arch", lf.ARCHS)
+def test_labels_and_the_null_class(arch):
+    model, x, t = tiny_model(arch, num_classes=3), normal(0, 2, 3, 16, 16), uniform(1, 2)
+    null = model(x, t, torch.tensor([3, 3]))
+    assert torch.equal(model(x, t), null)
+    assert (model(x, t, torch.tensor([0, 1])) - null).abs().max() > 1e-6
+    with pytest.raises(ValueError, match="no labels"):
+        tiny_model(arch)(x, t, torch.tensor([0, 0]))
+
+
+@pytest.mark.parametrize("arch", lf.ARCHS)
+@settings(max_examples=5)
+@given(seed=seeds)
+def test_models_stay_near_float32_in_half_precision(arch, seed):
+    torch.manual_seed(seed)
+    model = lf.create_model(arch, "nano", 32)
+    nn.init.normal_(model.head.weight, std=0.02)
+    x, t = torch.randn(2, 3, 32, 32), torch.rand(2)
+    exact = model(x, t)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(x, t).float()
+    assert (found - exact).norm() < 0.05 * exact.norm()    # measured 0.01
+
+
+@pytest.mark.parametrize("name", lf.MIXERS)
+@pytest.mark.parametrize("scan", lf.SCANS)
+def test_every_mixer_and_scan_makes_a_model(name, scan):
+    for arch in ("patch", "mamba"):
+        model = tiny_model(arch, (16, 8), mixer=name, scan=scan)
+        assert model(normal(0, 1, 3, 16, 8), uniform(0, 1)).isfinite().all()
+
+
+@pytest.mark.parametrize("arch, variant, size, channels, claim", [
+    ("patch", "tiny", 128, 3, 5.9e6), ("patch", "small", 128, 3, 13.7e6),
+    ("patch", "base", 256, 3, 37.6e6), ("patch", "512", 512, 3, 38.1e6),
+    ("mamba", "tiny", 16, 4, 2e6), ("mamba", "small", 16, 4, 8e6), ("mamba", "base", 16, 4, 30e6)])
+def test_variants_have_the_size_they_should(arch, variant, size, channels, claim):
+    with torch.device("meta"):
+        model = lf.create_model(arch, variant, size, channels)
+    assert abs(sum(p.numel() for p in model.parameters()) / claim - 1) < 0.1
+
+
+@pytest.mark.parametrize("arch", lf.ARCHS)
+def test_nano_is_nano(arch):
+    for size in (32, 64):
+        model = lf.create_model(arch, "nano", size)
+        assert sum(p.numel() for p in model.parameters()) <= 1_000_000
+
+
+@pytest.mark.parametrize("arguments, options, message", [
+    (("gan", "nano", 32), {}, "patch, unet, mamba"), (("patch", "huge", 32), {}, "nano, tiny"),
+    (("unet", "nano", 30), {}, "multiple of 4"), (("unet", "nano", 17), {}, "multiple of 4"),
+    (("patch", "tiny", 33), {}, "side 32"), (("patch", "tiny", 100), {}, "side 32"),
+    (("mamba", "tiny", 39), {}, "side 16"), (("patch", "nano", 0), {}, "positive"),
+    (("patch", "nano", (32, 32, 32)), {}, "positive"), (("patch", "nano", 32), {"wings": 2}, "dim"),
+    (("patch", "nano", 32), {"dim": "wide"}, "int"),
+    (("patch", "nano", 32), {"depth": 0}, "from 1 up"),
+    (("patch", "nano", 32), {"scan": "hilbert"}, "zigzag"),
+    (("patch", "nano", 32), {"mixer": 3}, "str"),
+    (("unet", "nano", 32), {"channels": (8, 8)}, "same length"),
+    (("patch", "nano", 32), {"dim": 17}, "headdim"),
+    (("unet", "nano", 32), {"kernel_size": 2}, "odd")])
+def test_models_that_cannot_be_are_refused_with_a_reason(arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        lf.create_model(*arguments, **options)
+
+
+# ------------------------------------------------------------------------------------------------
+# §11  Processes
+# ------------------------------------------------------------------------------------------------
+
+@given(seeds, st.sampled_from(sorted(lf.PROCESSES)))
+def test_split_undoes_interpolate(seed, name):
+    process = lf.PROCESSES[name]()
+    x0, noise, t = normal(seed, 5, 2, 3, 3), normal(seed + 1, 5, 2, 3, 3), uniform(seed + 2, 5)
+    t[0], t[1] = 0, 1
+    x_t = process.interpolate(x0, noise, t)
+    alpha, sigma = process.alpha_sigma(t)
+    for i in range(5):
+        assert_close(x_t[i], alpha[i] * x0[i] + sigma[i] * noise[i])
+    x0_hat, noise_hat = process.split(x_t, t, process.target(x0, noise, t))
+    assert_close(x0_hat, x0, rtol=1e-10, atol=1e-10)
+    assert_close(noise_hat, noise, rtol=1e-10, atol=1e-10)
+
+
+def test_rectified_flow_is_a_straight_path_from_data_to_noise():
+    flow, x0, noise = lf.RectifiedFlow(), normal(0, 2, 3, 4, 4), normal(1, 2, 3, 4, 4)
+    assert torch.equal(flow.interpolate(x0, noise, torch.zeros(2).double()), x0)
+    assert torch.equal(flow.interpolate(x0, noise, torch.ones(2).double()), noise)
+    t = torch.full((2,), 0.3, dtype=torch.float64).requires_grad_()
+    slope, = torch.autograd.grad(flow.interpolate(x0, noise, t)[0, 0, 0, 0], t)
+    assert_close(slope[0], flow.target(x0, noise, t)[0, 0, 0, 0])    # velocity = dx_t/dt
+
+
+@given(st.integers(2, 1200), st.floats(0, 1))
+def test_vp_diffusion_is_the_ddpm_table(T, t):
+    process = lf.VPDiffusion(T, 1e-4, 0.02)
+    alpha, sigma = process.alpha_sigma(torch.tensor([0.0, t, 1.0], dtype=torch.float64))
+    assert_close(alpha**2 + sigma**2, torch.ones(3).double())
+    index = round(t * (T - 1))
+    expected = math.prod(1 - (1e-4 + i * (0.02 - 1e-4) / (T - 1)) for i in range(index + 1))
+    assert alpha[1].item() ** 2 == pytest.approx(expected, rel=1e-9)
+    assert alpha[0].item() ** 2 == pytest.approx(1 - 1e-4)
+    indices = (process.times(min(T, 7)) * (T - 1)).round().long().tolist()
+    assert indices == [round(T - k * T / min(T, 7)) - 1 for k in range(min(T, 7))]
+    assert indices[0] == T - 1 and min(indices) >= 0
+
+
+@pytest.mark.parametrize("name", lf.PROCESSES)
+def test_loss_is_the_mean_squared_error_of_the_target(name):
+    process, t = lf.PROCESSES[name](), uniform(2, 4)
+    x0, noise = normal(0, 4, 3, 5, 5), normal(1, 4, 3, 5, 5)
+
+    def model(x, t, y=None):
+        return 0.3 * x + t[:, None, None, None]
+
+    x_t = process.interpolate(x0, noise, t)
+    answer = model(x_t, t)
+    loss, x0_hat, used = process.loss(model, x0, t=t, noise=noise)
+    assert_close(loss, ((answer - process.target(x0, noise, t)) ** 2).mean())
+    assert_close(x0_hat, process.split(x_t, t, answer)[0])
+    assert torch.equal(used, t)
+    each = process.loss(model, x0, t=t, noise=noise, reduction="none")[0]
+    assert each.shape == (4,)
+    assert_close(each.mean(), loss)
+    drawn = torch.cat([process.loss(model, x0)[2] for _ in range(500)])
+    assert drawn.min() >= 0 and drawn.max() <= 1 and abs(drawn.mean() - 0.5) < 0.05    # 8 sigma
+
+
+def test_first_losses_are_known():
+    x0 = 2 * uniform(0, 256, 3, 8, 8, dtype=torch.float32) - 1
+    zero = lf.create_model("patch", "nano", 8)
+    torch.manual_seed(0)
+    assert lf.RectifiedFlow().loss(zero, x0)[0].item() == pytest.approx(
+        1 + x0.square().mean().item(), rel=0.03)    # 49,152 numbers: 0.5 % is one sigma
+    assert lf.VPDiffusion().loss(zero, x0)[0].item() == pytest.approx(1, rel=0.03)
+
+
+# ------------------------------------------------------------------------------------------------
+# §12  Physics
+# ------------------------------------------------------------------------------------------------
+
+def picture(*rows):
+    return torch.tensor(rows, dtype=torch.float64)[None, None]
+
+
+def test_physics_terms_by_hand():
+    p = picture([0, 1, 3], [0, 1, 3], [0, 1, 5])
+    q = torch.zeros_like(p)
+    # dx: (1 + 2) * 2 + (1 + 4) over 6 places; dy: 0, 0, 0, 0, 0, 2 over 6
+    assert lf.total_variation(p).item() == pytest.approx(11 / 6 + 2 / 6)
+    assert lf.laplacian_energy(p).item() == pytest.approx((1 + 1 + 0 + 3 - 4) ** 2)
+    assert lf.intensity_loss(p, q).item() == pytest.approx((14 / 9) ** 2)
+    assert lf.gradient_loss(p, p + 7).item() == 0
+    assert lf.gradient_loss(p, q).item() == pytest.approx(11 / 6 + 2 / 6)
+    y, x = torch.meshgrid(torch.arange(5.0), torch.arange(6.0), indexing="ij")
+    assert lf.laplacian_energy((2 * x - 3 * y + 1)[None, None]).item() < 1e-10    # affine: none
+    bowl = (x**2 + 3 * y**2)[None, None]
+    assert lf.laplacian_energy(bowl).item() == pytest.approx(64)    # (2 + 6)^2
+    flat = torch.full((1, 1, 4, 4), 0.5).double()    # P = (0.5 * 16)^2 / 16 = 4 at 0, else 0
+    expected = (math.log(4 + 1e-4) - math.log(1e-4)) ** 2 / 12
+    assert lf.spectral_loss(flat, 0 * flat).item() == pytest.approx(expected)
+
+
+@given(seeds, st.integers(1, 3), st.integers(1, 8), st.integers(1, 8))
+def test_physics_terms_are_per_picture_and_none_for_the_same_picture(seed, b, height, width):
+    p, q = normal(seed, b, 3, height, width), normal(seed + 1, b, 3, height, width)
+    for name, term in lf.PHYSICS.items():
+        values = term(p, q)
+        assert values.shape == (b,) and (values >= 0).all()
+        for i in range(b):
+            assert_close(term(p[i:i + 1], q[i:i + 1])[0], values[i])
+        if name not in ("tv", "laplacian"):
+            assert term(p, p).abs().max() < 1e-12
+
+
+def test_spectral_loss_is_blind_to_place_and_total_variation_to_level():
+    p = normal(0, 2, 3, 8, 8)
+    assert lf.spectral_loss(p, p.roll((3, 2), (2, 3))).max() < 1e-12
+    assert_close(lf.total_variation(p), lf.total_variation(p + 5))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert lf.spectral_loss(p.bfloat16(), p.bfloat16()).dtype == torch.float32
+
+
+@given(seeds, st.integers(0, 1500), st.sampled_from([0, 1, 500]))
+def test_physics_loss_is_its_formula(seed, step, warmup):
+    p, q, signal = normal(seed, 3, 3, 6, 6), normal(seed + 1, 3, 3, 6, 6), uniform(seed + 2, 3)
+    weights = {"tv": 0.3, "spectral": 0.2, "laplacian": 0.0}
+    total, parts = lf.PhysicsLoss(weights, warmup)(p, q, signal, step)
+    expected = sum(w * (signal**2 * lf.PHYSICS[name](p, q)).mean() for name, w in weights.items())
+    assert_close(total, expected * (min(1, step / warmup) if warmup else 1))
+    assert parts.keys() == weights.keys()
+    for name, value in parts.items():
+        assert_close(value, lf.PHYSICS[name](p, q).mean())
+
+
+def test_physics_loss_defaults_silence_and_refusal():
+    assert {k: v for k, v in lf.PhysicsLoss().weights.items() if v} == {
+        "tv": 0.01, "intensity": 0.001, "spectral": 0.01, "gradient": 0.001}
+    x = normal(0, 2, 3, 6, 6).requires_grad_()
+    total, parts = lf.PhysicsLoss({})(x, x, torch.ones(2), 1000)
+    assert total == 0 and parts == {}
+    total, _ = lf.PhysicsLoss()(x, 0 * x.detach(), torch.zeros(2).double(), 1000)    # no signal
+    total.backward()
+    assert not x.grad.any()
+    with pytest.raises(ValueError, match="spectral"):
+        lf.PhysicsLoss({"gravity": 1})
+
+
+# ------------------------------------------------------------------------------------------------
+# §13  Samplers, on problems whose answer is known
+# ------------------------------------------------------------------------------------------------
+
+SPREAD = 0.5    # data N(0, SPREAD^2): the path of rectified flow is noise -> SPREAD * noise
+
+
+def gaussian_velocity(x, t, y=None):
+    """The best velocity for data N(0, SPREAD^2), E[noise - x0 | x_t]."""
+    t = lf.per_picture(t, x)
+    return x * (t - (1 - t) * SPREAD**2) / ((1 - t) ** 2 * SPREAD**2 + t**2)
+
+
+def gaussian_noise(process):
+    """The best noise prediction for the same data, E[noise | x_t], on any path."""
+    def model(x, t, y=None):
+        alpha, sigma = (lf.per_picture(v, x) for v in process.alpha_sigma(t))
+        return x * sigma / (alpha**2 * SPREAD**2 + sigma**2)
+    return model
+
+
+@pytest.mark.parametrize("name, low, high", [
+    ("euler", 1.9, 2.1), ("ddim", 1.9, 2.1), ("heun", 3.7, 4.3)])
+def test_samplers_converge_with_their_order(name, low, high):
+    noise, flow = normal(0, 4, 1, 3, 3), lf.RectifiedFlow()
+    ends = [lf.SAMPLERS[name](gaussian_velocity, flow, noise, steps) for steps in (32, 64, 128, 256)]
+    errors = [(x0 - SPREAD * noise).abs().mean() for x0 in ends]
+    for coarse, fine in zip(errors, errors[1:]):
+        assert low < coarse / fine < high    # measured 1.97 to 1.99 and 3.80 to 3.97
+
+
+@settings(max_examples=10)
+@given(seeds, st.integers(1, 40))
+def test_ddim_on_the_straight_path_is_euler(seed, steps):
+    noise, model = normal(seed, 2, 3, 16, 16), tiny_model("patch")
+    flow = lf.RectifiedFlow()
+    ddim, euler = (f(model, flow, noise, steps) for f in (lf.ddim_sample, lf.euler_sample))
+    assert_close(ddim, euler, rtol=1e-9, atol=1e-9)    # measured 1e-13
+
+
+@given(seeds, st.integers(1, 50), st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([50, 1000]))
+def test_ddim_lands_on_the_only_picture_there_is(seed, steps, eta, T):
+    process = lf.VPDiffusion(T)
+    picture, noise = normal(seed, 1, 3, 4, 4), normal(seed + 1, 2, 3, 4, 4)
+
+    def model(x, t, y=None):
+        alpha, sigma = (lf.per_picture(v, x) for v in process.alpha_sigma(t))
+        return (x - alpha * picture) / sigma
+
+    found = lf.ddim_sample(model, process, noise, steps, eta=eta)
+    assert_close(found, picture.expand_as(found), rtol=1e-8, atol=1e-8)
+
+
+def test_ddim_converges_on_gaussian_data():
+    process, noise = lf.VPDiffusion(), normal(0, 4, 1, 3, 3)
+    # along the exact path x / sqrt(alpha^2 SPREAD^2 + sigma^2) stands still
+    a, s = process.alpha_sigma(torch.ones(1).double())
+    exact = SPREAD * noise / (a**2 * SPREAD**2 + s**2).sqrt()
+    errors = [(lf.ddim_sample(gaussian_noise(process), process, noise, steps) - exact).abs().max()
+              for steps in (25, 100, 1000)]
+    assert errors[0] > 2 * errors[1] > 8 * errors[2] and errors[2] < 5e-3
+
+
+@pytest.mark.parametrize("name", lf.PROCESSES)
+def test_fresh_noise_keeps_the_spread_of_the_data(name):
+    process = lf.PROCESSES[name]()
+    model = gaussian_velocity if name == "flow" else gaussian_noise(process)
+    noise = normal(0, 4000, 1, 2, 2)
+    generator = torch.Generator().manual_seed(1)
+    steps = 200 if name == "flow" else 1000
+    found = lf.ddim_sample(model, process, noise, steps, eta=1.0, generator=generator)
+    assert found.std().item() == pytest.approx(SPREAD, rel=0.03)    # measured within 2 %
+    assert abs((found * noise).mean()) < 0.2 * SPREAD               # and forgets where it started
+
+
+def test_eta_one_draws_as_much_as_ddpm():
+    process = lf.VPDiffusion(20)
+    zero = torch.zeros(20_000, 1, 1, 1, dtype=torch.float64)
+    seen = []
+    lf.ddim_sample(lambda x, t, y=None: 0 * x, process, zero, 20, eta=1.0,
+                   generator=torch.Generator().manual_seed(0),
+                   callback=lambda i, x_t, x0_hat: seen.append(x_t))
+    bar, k = process.alpha_bar, 19    # the first step, from index 19 to 18
+    posterior = (1 - bar[k - 1]) / (1 - bar[k]) * (1 - bar[k] / bar[k - 1])
+    assert seen[1].var().item() == pytest.approx(posterior.item(), rel=0.04)    # 4 sigma
+
+
+@pytest.mark.parametrize("name", lf.SAMPLERS)
+def test_samplers_report_every_step_and_disturb_nothing(name):
+    model, noise, seen = tiny_model("patch", 8, patch_size=4), normal(0, 2, 3, 8, 8), []
+    for mode in (True, False):
+        model.train(mode)
+        model.blocks[0].train(not mode)
+        before, state = noise.clone(), torch.get_rng_state()
+        kept = [m.training for m in model.modules()]
+        seen.clear()
+        x0 = lf.SAMPLERS[name](model, lf.RectifiedFlow(), noise, 5,
+                               callback=lambda i, x_t, x0_hat: seen.append((i, x_t, x0_hat)))
+        assert x0.shape == noise.shape and not x0.requires_grad
+        assert torch.equal(noise, before) and torch.equal(torch.get_rng_state(), state)
+        assert [m.training for m in model.modules()] == kept
+        assert [i for i, _, _ in seen] == list(range(5)) and torch.equal(seen[0][1], noise)
+        velocity = model(noise, torch.ones(2).double())
+        assert_close(seen[0][2], noise - velocity)    # x0_hat at t = 1
+
+
+@pytest.mark.parametrize("name", lf.SAMPLERS)
+def test_guidance_mixes_two_answers_in_one_batch(name):
+    model = tiny_model("patch", 8, num_classes=3)
+    noise, y = normal(0, 2, 3, 8, 8), torch.tensor([0, 2])
+    calls = []
+    model.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
+    flow, sampler = lf.RectifiedFlow(), lf.SAMPLERS[name]
+    evaluations = 2 if name == "heun" else 1
+
+    def draw(y, scale):
+        calls.clear()
+        return sampler(model, flow, noise, 3, y=y, cfg_scale=scale)
+
+    conditional, unconditional = draw(y, 1.0), draw(None, 1.0)
+    assert calls == [2] * 3 * evaluations
+    assert torch.equal(draw(y, 0.0), unconditional) and calls == [2] * 3 * evaluations
+    guided = draw(y, 2.5)
+    assert calls == [4] * 3 * evaluations and not torch.equal(guided, conditional)
+    assert_close(draw(y, 1 + 1e-9), conditional, rtol=0, atol=1e-6)    # and joins up with it at 1
+    t = torch.full((2,), 0.5).double()
+    u, c = (model(noise, t, labels) for labels in (None, y))
+    assert_close(lf.guided(model, noise, t, y, 2.5), u + 2.5 * (c - u))
+    plain = lf.guided(lambda x, t, y=None: model(x, t, y), noise, t, y, 2.5)    # without a config
+    assert_close(plain, u + 2.5 * (c - u))
+
+
+def test_samplers_refuse_what_they_cannot_do():
+    noise, flow, diffusion = torch.zeros(1, 1, 2, 2), lf.RectifiedFlow(), lf.VPDiffusion()
+    for sampler in lf.SAMPLERS.values():
+        with pytest.raises(ValueError, match="steps"):
+            sampler(gaussian_velocity, flow, noise, 0)
+    for sampler in lf.euler_sample, lf.heun_sample:
+        with pytest.raises(ValueError, match="ddim"):
+            sampler(gaussian_velocity, diffusion, noise, 5)
+    with pytest.raises(ValueError, match="eta"):
+        lf.ddim_sample(gaussian_velocity, flow, noise, 5, eta=1.5)
+    with pytest.raises(ValueError, match="1000"):
+        lf.ddim_sample(gaussian_velocity, diffusion, noise, 1001)
+
+
+# ------------------------------------------------------------------------------------------------
+# §14  EMA and checkpoints
+# ------------------------------------------------------------------------------------------------
+
+@given(seeds, st.floats(0, 1), st.integers(1, 12))
+def test_ema_is_its_formula(seed, decay, updates):
+    model = shake(nn.BatchNorm1d(3), seed).double()    # it has a buffer, too
+    ema = lf.EMA(model, decay)
+    expected = model.weight.detach().clone()
+    for n in range(updates):
+        shake(model, seed + n)
+        model.running_mean += 1
+        d = min(decay, (1 + n) / (10 + n))
+        expected = d * expected + (1 - d) * model.weight.detach()
+        ema.update(model)
+    assert_close(ema.model.weight.detach(), expected)
+    assert torch.equal(ema.model.running_mean, model.running_mean)
+    assert not ema.model.training and not ema.model.weight.requires_grad
+
+
+STATE = {"step": 3, "lr": 0.5, "name": "x", "list": [1, None, (2, True)],
+         "weights": {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.float16)}}
+
+
+def test_checkpoint_comes_back_as_it_was(tmp_path):
+    lf.save_checkpoint(tmp_path / "c.pt", STATE)
+    found = lf.load_checkpoint(tmp_path / "c.pt")
+    for a, b in ((found.pop("weights"), STATE["weights"]),):
+        assert_close(a, b, rtol=0, atol=0)
+    assert found == {k: v for k, v in STATE.items() if k != "weights"}
+    assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
+    with pytest.raises(FileNotFoundError, match="none.pt"):
+        lf.load_checkpoint(tmp_path / "none.pt")
+
+
+@settings(max_examples=150)
+@given(st.floats(0, 1, exclude_max=True))
+@example(0.0)
+def test_checkpoint_cut_anywhere_is_one_clear_error(part):
+    buffer = io.BytesIO()
+    torch.save(STATE, buffer)
+    whole = buffer.getvalue()
+    path = HERE / f".cut-{os.getpid()}.pt"
+    try:
+        path.write_bytes(whole[:int(part * len(whole))])
+        with pytest.raises(ValueError, match=path.name) as caught:
+            lf.load_checkpoint(path)
+        assert "\n" not in str(caught.value)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("dump", [torch.save, lambda o, p: Path(p).write_bytes(pickle.dumps(o))])
+def test_code_in_a_checkpoint_is_not_executed(tmp_path, dump):
+    dump({"step": Bomb(tmp_path / "executed")}, tmp_path / "bomb.pt")
+    with pytest.raises(ValueError, match="bomb.pt"):
+        lf.load_checkpoint(tmp_path / "bomb.pt")
+    with pytest.raises(ValueError, match="bomb.pt"):
+        lf.TAESD.load(tmp_path / "bomb.pt", tmp_path / "bomb.pt")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("culprit", ["fsync", "replace"])
+def test_a_failed_save_leaves_the_earlier_file_whole(tmp_path, monkeypatch, culprit):
+    path = tmp_path / "c.pt"
+    lf.save_checkpoint(path, STATE)
+    before = path.read_bytes()
+
+    def full_disk(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, culprit, full_disk)
+    with pytest.raises(OSError, match="space"):
+        lf.save_checkpoint(path, {"step": 4})
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["c.pt"]
+
+
+# ------------------------------------------------------------------------------------------------
+# §15  TAESD
+# ------------------------------------------------------------------------------------------------
+
+def taesd_files(folder, channels=4, pooled=False, half=False):
+    """Random weights in the published files' form: two paths, and the TAESD they came from."""
+    torch.manual_seed(0)
+    taesd = lf.TAESD(channels, pooled)
+    paths = []
+    for part in ("encoder", "decoder"):
+        weights = {k: v.half() if half else v for k, v in getattr(taesd, part).state_dict().items()}
+        paths.append(folder / f"any_name_{part}.pth")
+        torch.save(weights, paths[-1])
+    return *paths, taesd
+
+
+@pytest.mark.parametrize("channels, pooled, half", [
+    (4, False, False), (16, False, True), (32, True, True)])
+def test_taesd_reads_what_it_is_from_the_weights(tmp_path, channels, pooled, half):
+    encoder, decoder, original = taesd_files(tmp_path, channels, pooled, half)
+    taesd = lf.TAESD.load(encoder, decoder)
+    assert taesd.latent_channels == channels and not taesd.training
+    images = 2 * uniform(0, 2, 3, 24, 40, dtype=torch.float32) - 1
+    latents = taesd.encode(images)
+    assert latents.shape == (2, channels, 3, 5)
+    assert_close(latents, original.encode(images), rtol=0, atol=1e-2 if half else 0)
+    pictures = taesd.decode(100 * latents)
+    assert pictures.shape == images.shape and pictures.abs().max() <= 1
+    assert {p.dtype for p in taesd.parameters()} == {torch.float32}
+    with pytest.raises(ValueError, match="8"):
+        taesd.encode(images[..., :23, :])
+
+
+def test_taesd_has_the_published_layout():
+    taesd = lf.TAESD(4)
+    assert sum(p.numel() for p in taesd.parameters()) == 2_445_063
+    assert sum(p.numel() for p in lf.TAESD(16).parameters()) == 2_458_899
+    encoder, decoder = taesd.encoder.state_dict(), taesd.decoder.state_dict()
+    assert len(encoder) == len(decoder) == 67 and len(lf.TAESD(32, True).encoder.state_dict()) == 79
+    halves = [k for k in encoder if k.endswith("weight") and encoder[k].shape == (64, 64, 3, 3)
+              and k.count(".") == 1]
+    assert halves == ["2.weight", "6.weight", "10.weight"] and "2.bias" not in encoder
+    assert [k for k in decoder if k.count(".") == 1] == [
+        "1.weight", "1.bias", "7.weight", "12.weight", "17.weight", "19.weight", "19.bias"]
+    # pictures in [-1, 1] outside, [0, 1] inside; latents are squashed to [-3, 3] before decoding
+    x = 2 * uniform(1, 1, 3, 8, 8, dtype=torch.float32) - 1
+    assert_close(taesd.encode(x), taesd.encoder((x + 1) / 2))
+    squashed = taesd.decoder[0](torch.tensor([-1e3, 0.0, 1.5]))
+    assert_close(squashed, torch.tensor([-3, 0, 3 * math.tanh(0.5)]))
+
+
+def test_taesd_block_is_its_formula():
+    block, x = lf.TAESDBlock(pooled=True), normal(0, 1, 64, 6, 6, dtype=torch.float32)
+    pooled = x + block.pool(x)
+    assert_close(block(x), F.relu(block.conv(pooled) + pooled))
+    assert list(block.state_dict()) == [
+        "conv.0.weight", "conv.0.bias", "conv.2.weight", "conv.2.bias", "conv.4.weight",
+        "conv.4.bias", "pool.0.weight", "pool.1.weight", "pool.1.bias", "pool.3.weight"]
+
+
+def test_taesd_refuses_files_that_do_not_fit_by_name(tmp_path):
+    encoder, decoder, _ = taesd_files(tmp_path)
+    wide = tmp_path / "wide"
+    wide.mkdir()
+    wide_encoder, wide_decoder, _ = taesd_files(wide, 16)
+    cut = tmp_path / "cut.pth"
+    cut.write_bytes(decoder.read_bytes()[:5000])
+    other = tmp_path / "other.pth"
+    torch.save({"step": 3}, other)
+    extra = tmp_path / "extra.pth"
+    torch.save({**torch.load(encoder), "99.weight": torch.zeros(1)}, extra)
+    for first, second, named in ((decoder, encoder, decoder),
+                                 (encoder, wide_decoder, wide_decoder), (encoder, cut, cut),
+                                 (other, decoder, other), (extra, decoder, extra)):
+        with pytest.raises(ValueError, match=named.name):
+            lf.TAESD.load(first, second)
+    with pytest.raises(FileNotFoundError, match="none.pth"):
+        lf.TAESD.load(tmp_path / "none.pth", decoder)
+
+
+class Answer(io.BytesIO):
+    """What urlopen gives: bytes, in a with statement."""
+
+
+def test_taesd_downloads_once_checks_and_keeps(tmp_path, monkeypatch):
+    encoder, decoder, original = taesd_files(tmp_path)
+    files = {"taesd_encoder.pth": encoder.read_bytes(), "taesd_decoder.pth": decoder.read_bytes()}
+    ids = [subprocess.run(["git", "hash-object", "--stdin"], input=data, capture_output=True,
+                          check=True).stdout.decode().strip() for data in files.values()]
+    monkeypatch.setitem(lf.TAESD_FILES, "taesd", " ".join(ids))
+    asked = []
+
+    def urlopen(url, timeout):
+        asked.append(url)
+        return Answer(files[url.rsplit("/", 1)[1]])
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    cache = tmp_path / "a" / "cache"
+    x = uniform(0, 1, 3, 8, 8, dtype=torch.float32)
+    for _ in range(2):
+        assert_close(lf.TAESD.pretrained("taesd", cache).encode(x), original.encode(x))
+    assert len(asked) == 2 and all(url.startswith(
+        "https://raw.githubusercontent.com/madebyollin/taesd/5cccb12dc7") for url in asked)
+    (cache / "taesd_decoder.pth").write_bytes(b"something else")
+    with pytest.raises(ValueError, match="taesd_decoder.pth"):
+        lf.TAESD.pretrained("taesd", cache)
+    files["taesd_encoder.pth"] = b"not the weights"
+    with pytest.raises(ValueError, match="taesd_encoder.pth"):
+        lf.TAESD.pretrained("taesd", tmp_path / "fresh")
+    assert not list((tmp_path / "fresh").glob("*"))    # what is wrong is not kept
+    with pytest.raises(ValueError, match="taef2"):
+        lf.TAESD.pretrained("vae")
+
+
+def test_taesd_offline_says_what_to_do(tmp_path, monkeypatch):
+    def urlopen(url, timeout):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    with pytest.raises(ConnectionError) as caught:
+        lf.TAESD.pretrained("taef1", tmp_path)
+    text = str(caught.value)
+    assert "taef1_encoder.pth" in text and "taef1_decoder.pth" in text and str(tmp_path) in text
+    assert "\n" not in text and len(lf.TAESD_FILES) == 5
+
+
+# ------------------------------------------------------------------------------------------------
+# train.py: the data
+# ------------------------------------------------------------------------------------------------
+
+CPU = torch.device("cpu")
+
+
+def test_shapes_are_the_same_at_any_size_and_follow_the_seed():
+    data, again, other = (train.Shapes(200, 32, seed, CPU) for seed in (0, 0, 1))
+    i = torch.arange(200)
+    x = data[i]
+    assert x.shape == (200, 3, 32, 32) and x.dtype == torch.float32 and x.abs().max() <= 1
+    assert torch.equal(x, again[i]) and not torch.equal(x, other[i])
+    assert torch.equal(data[i[50:60]], x[50:60])
+    large = train.Shapes(200, 96, 0, CPU)[i]
+    assert (F.avg_pool2d(large, 3) - x).abs().mean() < 0.01    # the same pictures, only finer
+    assert sorted(set(data.labels.tolist())) == list(range(6))
+
+
+def test_shapes_show_their_kind():
+    """The area that each kind covers, against the area that its outline encloses."""
+    data = train.Shapes(600, 128, 0, CPU)
+    x = data[torch.arange(600)]
+    corner = torch.stack([x[:, :, 0, 0], x[:, :, 0, -1], x[:, :, -1, 0], x[:, :, -1, -1]], -1)
+    low, high = corner.amin(-1)[..., None, None] - 0.02, corner.amax(-1)[..., None, None] + 0.02
+    inside = ((x < low) | (x > high)).any(1).float().mean((1, 2)) * 4    # of a frame of 2 x 2
+    radius = 0.62 + 0.2 * data.numbers[:, 0]
+    edge = math.pi / 5
+    areas = {"circle": math.pi * 0.85**2, "square": 1.5**2, "triangle": 0.75 * math.sqrt(3),
+             "ring": math.pi * (0.9**2 - 0.46**2), "cross": 4 * 0.9 * 0.28 * 2 - 0.56**2,
+             "star": 10 * 0.45 * math.sin(edge) / 2}
+    for i, kind in enumerate(data.classes):
+        of_kind = data.labels == i
+        ratio = (inside / radius**2)[of_kind].median().item()
+        assert ratio == pytest.approx(areas[kind], rel=0.08), kind
+
+
+def save_picture(path, mode):
+    """A 40 x 20 picture, red on the left and blue on the right, in some mode and format."""
+    rgb = Image.new("RGB", (40, 20), (255, 0, 0))
+    rgb.paste((0, 0, 255), (20, 0, 40, 20))
+    if mode == "I;16":
+        Image.fromarray(np.full((20, 40), 200 * 257, dtype=np.uint16)).save(path)
+    elif mode in ("RGBA", "LA"):
+        image = rgb.convert(mode)
+        image.putalpha(0)
+        image.save(path)
+    elif mode == "P":
+        image = rgb.convert("P")
+        image.save(path, transparency=image.getpixel((0, 0)))
+    else:
+        rgb.convert(mode).save(path)
+
+
+@pytest.mark.parametrize("mode, suffix, left, right", [
+    ("RGB", ".png", (255, 0, 0), (0, 0, 255)), ("RGB", ".BMP", (255, 0, 0), (0, 0, 255)),
+    ("RGB", ".webp", (255, 0, 0), (0, 0, 255)), ("RGB", ".TIFF", (255, 0, 0), (0, 0, 255)),
+    ("RGB", ".JpG", (255, 0, 0), (0, 0, 255)), ("RGB", ".gif", (255, 0, 0), (0, 0, 255)),
+    ("L", ".png", (76, 76, 76), (29, 29, 29)), ("1", ".png", None, None),
+    ("P", ".png", (255, 255, 255), (0, 0, 255)), ("RGBA", ".png", (255,) * 3, (255,) * 3),
+    ("LA", ".png", (255,) * 3, (255,) * 3), ("CMYK", ".jpeg", (255, 0, 0), (0, 0, 255)),
+    ("I;16", ".png", (200,) * 3, (200,) * 3), ("I;16", ".tif", (200,) * 3, (200,) * 3)])
+def test_every_kind_of_picture_becomes_rgb(tmp_path, mode, suffix, left, right):
+    path = tmp_path / f"picture{suffix}"
+    save_picture(path, mode)
+    image = train.read_picture(path, 20)    # the middle 20 of 40 columns: red, then blue
+    assert image.shape == (3, 20, 20) and image.dtype == torch.uint8
+    for column, colour in ((3, left), (16, right)):
+        if colour:
+            assert (image[:, 10, column].int() - torch.tensor(colour)).abs().max() < 30
+
+
+def test_pictures_are_turned_upright(tmp_path):
+    image = Image.new("RGB", (20, 20), (0, 0, 0))
+    image.paste((255, 255, 255), (0, 0, 20, 10))    # white above black
+    exif = image.getexif()
+    exif[0x0112] = 3                                # "upside down"
+    image.save(tmp_path / "a.jpg", exif=exif)
+    found = train.read_picture(tmp_path / "a.jpg", 20)
+    assert found[:, 2].float().mean() < 30 and found[:, 17].float().mean() > 220
+
+
+def test_folder_names_what_it_skips_and_takes_classes_from_sub_folders(tmp_path, capsys):
+    for name in ("cats/1.png", "cats/deep/er/2.PNG", "dogs/3.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        save_picture(tmp_path / name, "RGB")
+    (tmp_path / "dogs/broken.png").write_bytes((tmp_path / "cats/1.png").read_bytes()[:60])
+    (tmp_path / "dogs/empty.jpg").write_bytes(b"")
+    (tmp_path / "notes.txt").write_text("not a picture")
+    data = train.load_folder(tmp_path, 8, CPU)
+    assert len(data) == 3 and data.classes == ["cats", "dogs"] and data.labels.tolist() == [0, 0, 1]
+    assert data[torch.tensor([0])].abs().max() <= 1
+    error = capsys.readouterr().err
+    assert error.count("broken.png") == 1 and error.count("empty.jpg") == 1 and "notes" not in error
+
+
+@given(st.integers(2, 3000), seeds)
+def test_held_out_pictures_are_never_trained_on(count, seed):
+    training, held_out = train.held_out_split(count, seed)
+    assert sorted(torch.cat([training, held_out]).tolist()) == list(range(count))
+    assert len(held_out) == min(512, count // 2)
+    assert torch.equal(held_out, train.held_out_split(count, seed)[1])
+
+
+@given(st.integers(1, 40), st.integers(1, 100), seeds)
+def test_every_epoch_shows_every_picture_once(count, batch_size, seed):
+    batches = train.shuffled(torch.arange(count) + 7, batch_size, seed)
+    drawn = torch.cat([next(batches) for _ in range(3 * count // batch_size + 1)])
+    for epoch in range(len(drawn) // count):
+        part = drawn[epoch * count:(epoch + 1) * count]
+        assert sorted(part.tolist()) == list(range(7, count + 7))
+
+
+def make_cifar10(folder, monkeypatch):
+    """A small archive in CIFAR-10's format, whose checksums torchvision is told."""
+    base, rows = folder / "cifar-10-batches-py", []
+    base.mkdir()
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch", "batches.meta"]:
+        content = {"label_names": list("abcdefghij")} if "meta" in name else {
+            "data": np.random.default_rng(0).integers(0, 256, (3, 3072), dtype=np.uint8),
+            "labels": [1, 2, 3]}
+        (base / name).write_bytes(pickle.dumps(content))
+        rows.append([name, hashlib.md5((base / name).read_bytes()).hexdigest()])
+    archive = folder / "cifar-10-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(base, base.name)
+    cifar10 = torchvision.datasets.CIFAR10
+    monkeypatch.setattr(cifar10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    monkeypatch.setattr(cifar10, "train_list", rows[:5])
+    monkeypatch.setattr(cifar10, "test_list", rows[5:6])
+    monkeypatch.setattr(cifar10, "meta", dict(filename=rows[6][0], key="label_names", md5=rows[6][1]))
+
+
+def test_cifar10_tries_its_mirrors_in_turn(tmp_path, monkeypatch):
+    make_cifar10(tmp_path, monkeypatch)
+    (tmp_path / "portal").mkdir()
+    (tmp_path / "portal" / "cifar-10-python.tar.gz").write_bytes(b"a captive portal's login page")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        base = f"http://127.0.0.1:{server.server_port}"
+        urls = [f"{base}/{part}cifar-10-python.tar.gz" for part in ("missing/", "portal/", "")]
+        monkeypatch.setattr(train, "CIFAR10_URLS", urls)
+        data = train.load_cifar10(tmp_path / "download", 32, CPU)
+        monkeypatch.setattr(train, "CIFAR10_URLS", urls[:2])
+        with pytest.raises(ValueError, match="--dataset shapes") as caught:
+            train.load_cifar10(tmp_path / "elsewhere", 32, CPU)
+        server.shutdown()
+    assert urls[0] in str(caught.value) and urls[1] in str(caught.value)
+    assert len(data) == 15 and data.classes == list("abcdefghij")
+    assert data.labels.tolist() == [1, 2, 3] * 5
+    with open(tmp_path / "cifar-10-batches-py" / "data_batch_1", "rb") as file:
+        raw = pickle.load(file)["data"][0]
+    assert torch.equal(data.images[0].flatten(), torch.from_numpy(raw))
+    # what has been downloaded is not asked for again, and is resized
+    assert train.load_cifar10(tmp_path / "download", 48, CPU).images.shape == (15, 3, 48, 48)
+
+
+# ------------------------------------------------------------------------------------------------
+# train.py and sample.py, as a user runs them
+# ------------------------------------------------------------------------------------------------
+
+SMALL = ["--variant", "nano", "--image_size", "16", "--override", "dim=48", "--override", "depth=2",
+         "--override", "cond_dim=16", "--batch_size", "4", "--device", "cpu"]
+
+
+def script(name, *arguments, cwd):
+    """Runs a script in a process of its own: (exit code, stdout, stderr)."""
+    done = subprocess.run([sys.executable, HERE / name, *map(str, arguments)], cwd=cwd,
+                          capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout, done.stderr
+
+
+def rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_train_then_sample_as_a_user_does(tmp_path):
+    code, out, err = script("train.py", *SMALL, "--steps", 6, "--log_every", 2, cwd=tmp_path)
+    assert code == 0, err
+    run = tmp_path / "runs" / "patch-nano-shapes"
+    assert "parameters" in out and "tokens" in out and "512 held out" in out and "first loss" in out
+    table = rows(run / "log.csv")
+    assert [row["step"] for row in table] == ["2", "4", "6"]
+    assert table[-1]["held_out"] and not table[0]["held_out"]
+    for column in ("loss", "loss_t0", "loss_t3", "tv", "spectral", "lr", "images_per_s"):
+        assert float(table[-1][column]) >= 0
+    assert Image.open(run / "samples" / "step_000006.png").size[0] > 6 * 16
+    code, out, err = script("sample.py", "--n", 5, "--steps", 4, "--gif", "path.gif", cwd=tmp_path)
+    assert code == 0, err
+    assert "samples.png" in out and Image.open(tmp_path / "samples.png").size == (56, 38)
+    assert Image.open(tmp_path / "path.gif").n_frames == 5
+    first = (tmp_path / "samples.png").read_bytes()
+    code, _, err = script("sample.py", "--n", 5, "--steps", 4, cwd=tmp_path)
+    assert code == 0 and (tmp_path / "samples.png").read_bytes() == first, err
+    assert {p.name for p in tmp_path.iterdir()} == {"runs", "samples.png", "path.gif"}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with one run of each arch in it."""
+    folder = tmp_path_factory.mktemp("trained")
+    for arch in lf.ARCHS:
+        tiny = ["--override", "channels=(8,8)", "--override", "blocks=(1,1)"]
+        tiny = tiny if arch == "unet" else SMALL[4:10]
+        train.main([*SMALL[:4], *tiny, *SMALL[10:], "--arch", arch, "--steps", "2", "--seed", "3",
+                    "--out", str(folder / arch)])
+    return folder
+
+
+@pytest.mark.parametrize("arch", lf.ARCHS)
+def test_same_seed_same_run_same_pictures(trained, arch, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state = lf.load_checkpoint(trained / arch / "ckpt.pt")
+    assert state["process"] == train.PROCESS_OF[arch]
+    options = [f"--override={k}={v}" for k, v in state["config"].items() if k in TINY[arch]]
+    train.main([*SMALL[:4], *options, *SMALL[10:], "--arch", arch, "--steps", "2", "--seed", "3",
+                "--out", "again"])
+    again = lf.load_checkpoint("again/ckpt.pt")
+    assert_close(again["ema"], state["ema"], rtol=0, atol=0)
+    expected = lf.create_model(**state["config"])
+    expected.load_state_dict(state["ema"])
+    for n in (2, 3):    # picture i does not depend on how many are drawn
+        sample.main(["--ckpt", "again/ckpt.pt", "--n", str(n), "--steps", "2", "--seed", "5"])
+        pixels = np.asarray(Image.open("samples.png"))[2:18, 2:18]
+        noise = sample.draw_noise(1, (3, 16, 16), 5)
+        sampler = lf.SAMPLERS[train.SAMPLER_OF[state["process"]]]
+        exact = sampler(expected, lf.PROCESSES[state["process"]](), noise, 2)[0]
+        exact = (exact.clamp(-1, 1).permute(1, 2, 0).numpy() + 1) * 127.5
+        assert np.abs(pixels - exact).max() < 1.5
+
+
+def test_training_lowers_the_loss(tmp_path):
+    train.main([*SMALL, "--steps", "150", "--out", str(tmp_path / "run"), "--lr", "3e-3",
+                "--log_every", "25"])
+    losses = [float(row["loss"]) for row in rows(tmp_path / "run" / "log.csv")]
+    assert losses[-1] < 0.8 * losses[0]    # measured 0.67
+
+
+def refused(main, arguments, capsys, *words):
+    """The program must end with exit code 2 and one line on stderr that has these words."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(a) for a in arguments])
+    error = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert error.count("\n") == 1 and "Traceback" not in error
+    for word in words:
+        assert str(word) in error, error
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--arch", "gan"], ["--arch", "patch"]), (["--variant", "huge"], ["nano", "tiny"]),
+    (["--arch", "mamba", "--variant", "512"], ["nano", "base"]),
+    (["--dataset", "imagenet"], ["shapes"]), (["--steps", "0"], ["--steps"]),
+    (["--steps", "many"], ["--steps"]), (["--batch_size", "-1"], ["--batch_size"]),
+    (["--lr", "nan"], ["--lr"]), (["--lr", "0"], ["--lr"]), (["--ema", "1.5"], ["--ema"]),
+    (["--steps", "5", "--epochs", "1"], ["--epochs"]), (["--physics", "gravity=1"], ["spectral"]),
+    (["--override", "dim"], ["key=value"]), (["--override", "wings=2"], ["wings", "dim"]),
+    (["--override", "dim=wide"], ["dim"]), (["--image_size", "33"], ["33", "multiple"]),
+    (["--device", "warp"], ["warp"]), (["--dataset", "folder"], ["--data_dir"]),
+    (["--dataset", "folder", "--data_dir", "nowhere"], ["nowhere"]), (["--what"], ["--what"])])
+def test_train_refuses_in_one_line_and_leaves_nothing(
+        arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    refused(train.main, arguments, capsys, *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_train_keeps_what_is_there(tmp_path, monkeypatch, capsys, trained):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    refused(train.main, ["--dataset", "folder", "--data_dir", "empty"], capsys, "empty", ".png")
+    (tmp_path / "file").write_text("mine")
+    refused(train.main, [*SMALL, "--steps", 1, "--out", "file/run"], capsys, "file")
+    before = (trained / "patch" / "ckpt.pt").read_bytes()
+    refused(train.main, [*SMALL, "--steps", 1, "--out", trained / "patch"], capsys, "--overwrite")
+    assert (trained / "patch" / "ckpt.pt").read_bytes() == before
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--n", "0"], ["--n"]), (["--steps", "0"], ["--steps"]), (["--eta", "2"], ["--eta"]),
+    (["--sampler", "magic"], ["euler"]), (["--eta", "0.5"], ["ddim"]),
+    (["--seed", "-1"], ["--seed"]),
+    (["--ckpt", "none.pt"], ["none.pt"]), (["--out", "nowhere/a.png"], ["nowhere"]),
+    (["--out", "a.doc"], [".png"]), (["--gif", "a.png"], [".gif"]),
+    (["--device", "warp"], ["warp"])])
+def test_sample_refuses_in_one_line_and_leaves_nothing(
+        arguments, words, tmp_path, monkeypatch, capsys, trained):
+    monkeypatch.chdir(tmp_path)
+    refused(sample.main, ["--ckpt", trained / "patch" / "ckpt.pt", *arguments], capsys, *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sample_refuses_checkpoints_that_are_none(tmp_path, monkeypatch, capsys, trained):
+    monkeypatch.chdir(tmp_path)
+    refused(sample.main, [], capsys, "train.py", "--ckpt")    # no runs/ here
+    good = lf.load_checkpoint(trained / "patch" / "ckpt.pt")
+    whole = (trained / "patch" / "ckpt.pt").read_bytes()
+    Path("cut.pt").write_bytes(whole[:len(whole) // 2])
+    torch.save({**good, "version": 99}, "version.pt")
+    torch.save([1, 2, 3], "list.pt")
+    torch.save({**good, "config": {**good["config"], "depth": 1}}, "config.pt")
+    torch.save({k: v for k, v in good.items() if k != "ema"}, "lacking.pt")
+    torch.save({**good, "step": Bomb("executed")}, "bomb.pt")
+    for name in ("cut.pt", "version.pt", "list.pt", "config.pt", "lacking.pt", "bomb.pt"):
+        refused(sample.main, ["--ckpt", name], capsys, name)
+    assert not Path("executed").exists() and not Path("samples.png").exists()
+    mamba = trained / "mamba" / "ckpt.pt"
+    refused(sample.main, ["--ckpt", mamba, "--sampler", "euler"], capsys, "ddim")
+
+
+def test_the_tour_runs_and_importing_prints_nothing(tmp_path):
+    code, out, err = script("liquidflow.py", cwd=tmp_path)
+    assert code == 0 and err == ""
+    for section in ("§2", "§5", "§13", "§15"):
+        assert section in out
+    for arch, variants in lf.VARIANTS.items():
+        for variant in variants:
+            assert f"{arch} {variant} " in out
+    quiet = subprocess.run([sys.executable, "-c", "import liquidflow, train, sample"], cwd=HERE,
+                           capture_output=True, text=True)
+    assert quiet.returncode == 0 and quiet.stdout == quiet.stderr == ""
+
+
+def test_names_are_defined_before_they_are_used():
+    """A reader never has to jump forward: no name of liquidflow.py is used above its definition."""
+    tree = ast.parse((HERE / "liquidflow.py").read_text())
+    defined = {}
+    for node in tree.body:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            defined[node.name] = node.lineno
+        elif isinstance(node, ast.Assign):
+            defined.update({target.id: node.lineno for target in node.targets})
+    early = [f"{node.id} in line {node.lineno}" for node in ast.walk(tree)
+             if isinstance(node, ast.Name) and node.lineno < defined.get(node.id, 0)]
+    assert not early

