@@ -256,7 +256,7 @@ class ScaledTanh(nn.Module):
 class CfCCell(nn.Module):
     """One step of a closed-form continuous-time cell: cell(x, h, t) -> the new state (b, hidden).
 
-    x (b, input_size), h (b, hidden_size); t, the time since the last step: a number, (b,) or (b, 1).
+    x (b, input_size), h (b, hidden_size); t, the time since the last step: number, (b,) or (b, 1).
     |output| <= 1 for every finite input, weight and time, unless a sum inside overflows. Source:
     Hasani et al. (2022), "Closed-form continuous-time neural networks"; time_a and time_b make the
     f and b of the formula above.
@@ -1373,6 +1373,8 @@ def load_checkpoint(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: there is no such file") from None
+    except (IsADirectoryError, PermissionError):
+        raise
     except Exception as error:    # torch reports damage as many different types
         raise ValueError(f"{path}: refused ({type(error).__name__}): it is damaged, cut short, or "
                          "holds more than the plain data that torch.save writes") from None

@@ -8,7 +8,6 @@ The checkpoint holds everything that is needed: the model's shape, its process, 
 weights, which are the ones that are sampled from. Same seed, same machine: same pictures.
 """
 
-import argparse
 import math
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from PIL import Image
 from torchvision.utils import make_grid
 
-from liquidflow import PROCESSES, SAMPLERS, create_model, load_checkpoint, write_whole
+from liquidflow import PROCESSES, SAMPLERS, create_model, load_checkpoint, sides, write_whole
 from train import (CHECKPOINT_VERSION, SAMPLER_OF, Parser, Progress, duration, fail, number,
                    pick_device)
 
@@ -34,7 +33,7 @@ def newest_checkpoint(folder="runs"):
 
 
 def load_model(path, device):
-    """(model with the averaged weights, its process, name of that process, step) of a checkpoint.
+    """(model with the averaged weights, its process, the step) of a checkpoint.
 
     ValueError or FileNotFoundError, naming the file, where it is missing, damaged, of another
     version, or not a run's checkpoint at all.
@@ -49,7 +48,7 @@ def load_model(path, device):
         model = create_model(**state["config"])
         model.load_state_dict(state["ema"])
         process = PROCESSES[state["process"]]()
-        return model.to(device).eval(), process, state["process"], state["step"]
+        return model.to(device).eval(), process, state["step"]
     except (KeyError, TypeError, RuntimeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: its contents do not fit together ({error})") from None
 
@@ -69,16 +68,15 @@ def grid_picture(pictures):
 
 def parse_arguments(argv=None):
     """The command line; sampler and steps depend on the checkpoint and are filled in by run()."""
-    parser = Parser(description="Draw pictures with a trained LiquidFlow model.",
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description="Draw pictures with a trained LiquidFlow model.")
     add = parser.add_argument
     add("--ckpt", help="a checkpoint; the newest below runs/ if not given")
     add("--n", type=number(int, 1), default=36, help="how many pictures")
-    add("--steps", type=number(int, 1), default=50, help="sampler steps: more is better and slower")
+    add("--steps", type=number(int, 1), default=50, help="more is better and slower")
     add("--sampler", choices=SAMPLERS, help="euler for flows and ddim for diffusion if not given")
     add("--eta", type=number(float, 0, 1), default=0.0, help="ddim only: fresh noise, 0 to 1")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="same seed, same pictures")
-    add("--out", default="samples.png", help="where the grid goes (.png)")
+    add("--out", default="samples.png", help="where the grid goes")
     add("--gif", help="also write the path from noise to picture, as an animated GIF")
     add("--device", default="auto", help="cpu, cuda, mps, or the fastest there is")
     return parser.parse_args(argv)
@@ -87,21 +85,21 @@ def parse_arguments(argv=None):
 def run(args):
     """Loads, samples, writes; says what and where."""
     for path, suffix in (args.out, ".png"), (args.gif, ".gif"):
-        if path and (Path(path).suffix.lower() != suffix or not Path(path).parent.is_dir()):
-            raise ValueError(f"{path}: must end in {suffix} and lie in a folder that exists")
+        if path is not None and (Path(path).suffix.lower() != suffix or Path(path).is_dir()
+                                 or not Path(path).parent.is_dir()):
+            raise ValueError(f"{path!r}: give a file ending in {suffix}, in a folder that exists")
     device = pick_device(args.device)
     path = args.ckpt or newest_checkpoint()
-    model, process, process_name, step = load_model(path, device)
-    name = args.sampler or SAMPLER_OF[process_name]
+    model, process, step = load_model(path, device)
+    name = args.sampler or SAMPLER_OF[process.predicts]
     options = {}
     if args.eta:
         if name != "ddim":
             raise ValueError(f"--eta {args.eta}: only --sampler ddim draws fresh noise, not {name}")
         options = dict(eta=args.eta, generator=torch.Generator(device).manual_seed(args.seed))
 
-    height, width = (model.config["image_size"],) * 2 if isinstance(
-        model.config["image_size"], int) else model.config["image_size"]
-    noise = draw_noise(args.n, (model.config["in_channels"], height, width), args.seed)
+    shape = model.config["in_channels"], *sides(model.config["image_size"])
+    noise = draw_noise(args.n, shape, args.seed)
     print(f"{path}: {model.config['arch']} {model.config['variant']}, step {step}; "
           f"{args.n} pictures in {args.steps} {name} steps on {device}")
     start, parts = time.time(), noise.split(BATCH)
@@ -137,7 +135,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:
-        fail("interrupted; nothing was written")
+        fail("interrupted")
 
 
 if __name__ == "__main__":

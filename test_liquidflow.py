@@ -736,7 +736,8 @@ def gaussian_noise(process):
     ("euler", 1.9, 2.1), ("ddim", 1.9, 2.1), ("heun", 3.7, 4.3)])
 def test_samplers_converge_with_their_order(name, low, high):
     noise, flow = normal(0, 4, 1, 3, 3), lf.RectifiedFlow()
-    ends = [lf.SAMPLERS[name](gaussian_velocity, flow, noise, steps) for steps in (32, 64, 128, 256)]
+    sampler = lf.SAMPLERS[name]
+    ends = [sampler(gaussian_velocity, flow, noise, steps) for steps in (32, 64, 128, 256)]
     errors = [(x0 - SPREAD * noise).abs().mean() for x0 in ends]
     for coarse, fine in zip(errors, errors[1:]):
         assert low < coarse / fine < high    # measured 1.97 to 1.99 and 3.80 to 3.97
@@ -1094,7 +1095,7 @@ def test_shapes_show_their_kind():
     corner = torch.stack([x[:, :, 0, 0], x[:, :, 0, -1], x[:, :, -1, 0], x[:, :, -1, -1]], -1)
     low, high = corner.amin(-1)[..., None, None] - 0.02, corner.amax(-1)[..., None, None] + 0.02
     inside = ((x < low) | (x > high)).any(1).float().mean((1, 2)) * 4    # of a frame of 2 x 2
-    radius = 0.62 + 0.2 * data.numbers[:, 0]
+    radius = 0.7 + 0.1 * data.numbers[:, 0]
     edge = math.pi / 5
     areas = {"circle": math.pi * 0.85**2, "square": 1.5**2, "triangle": 0.75 * math.sqrt(3),
              "ring": math.pi * (0.9**2 - 0.46**2), "cross": 4 * 0.9 * 0.28 * 2 - 0.56**2,
@@ -1198,7 +1199,8 @@ def make_cifar10(folder, monkeypatch):
     monkeypatch.setattr(cifar10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
     monkeypatch.setattr(cifar10, "train_list", rows[:5])
     monkeypatch.setattr(cifar10, "test_list", rows[5:6])
-    monkeypatch.setattr(cifar10, "meta", dict(filename=rows[6][0], key="label_names", md5=rows[6][1]))
+    meta = dict(filename=rows[6][0], key="label_names", md5=rows[6][1])
+    monkeypatch.setattr(cifar10, "meta", meta)
 
 
 def test_cifar10_tries_its_mirrors_in_turn(tmp_path, monkeypatch):
@@ -1254,8 +1256,9 @@ def test_train_then_sample_as_a_user_does(tmp_path):
     table = rows(run / "log.csv")
     assert [row["step"] for row in table] == ["2", "4", "6"]
     assert table[-1]["held_out"] and not table[0]["held_out"]
-    for column in ("loss", "loss_t0", "loss_t3", "tv", "spectral", "lr", "images_per_s"):
+    for column in ("loss", "tv", "spectral", "lr", "images_per_s"):
         assert float(table[-1][column]) >= 0
+    assert any(table[-1][f"loss_t{i}"] for i in range(4))    # 8 pictures may leave quarters empty
     assert Image.open(run / "samples" / "step_000006.png").size[0] > 6 * 16
     code, out, err = script("sample.py", "--n", 5, "--steps", 4, "--gif", "path.gif", cwd=tmp_path)
     assert code == 0, err
@@ -1283,6 +1286,7 @@ def trained(tmp_path_factory):
 def test_same_seed_same_run_same_pictures(trained, arch, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     state = lf.load_checkpoint(trained / arch / "ckpt.pt")
+    process = lf.PROCESSES[state["process"]]()
     assert state["process"] == train.PROCESS_OF[arch]
     options = [f"--override={k}={v}" for k, v in state["config"].items() if k in TINY[arch]]
     train.main([*SMALL[:4], *options, *SMALL[10:], "--arch", arch, "--steps", "2", "--seed", "3",
@@ -1295,8 +1299,7 @@ def test_same_seed_same_run_same_pictures(trained, arch, tmp_path, monkeypatch):
         sample.main(["--ckpt", "again/ckpt.pt", "--n", str(n), "--steps", "2", "--seed", "5"])
         pixels = np.asarray(Image.open("samples.png"))[2:18, 2:18]
         noise = sample.draw_noise(1, (3, 16, 16), 5)
-        sampler = lf.SAMPLERS[train.SAMPLER_OF[state["process"]]]
-        exact = sampler(expected, lf.PROCESSES[state["process"]](), noise, 2)[0]
+        exact = lf.SAMPLERS[train.SAMPLER_OF[process.predicts]](expected, process, noise, 2)[0]
         exact = (exact.clamp(-1, 1).permute(1, 2, 0).numpy() + 1) * 127.5
         assert np.abs(pixels - exact).max() < 1.5
 
@@ -1327,7 +1330,9 @@ def refused(main, arguments, capsys, *words):
     (["--lr", "nan"], ["--lr"]), (["--lr", "0"], ["--lr"]), (["--ema", "1.5"], ["--ema"]),
     (["--steps", "5", "--epochs", "1"], ["--epochs"]), (["--physics", "gravity=1"], ["spectral"]),
     (["--override", "dim"], ["key=value"]), (["--override", "wings=2"], ["wings", "dim"]),
-    (["--override", "dim=wide"], ["dim"]), (["--image_size", "33"], ["33", "multiple"]),
+    (["--override", "dim=wide"], ["dim"]), (["--override", "arch=unet"], ["option"]),
+    (["--lr", "inf"], ["--lr"]), (["--process", "magic"], ["flow"]),
+    (["--image_size", "33"], ["33", "multiple"]),
     (["--device", "warp"], ["warp"]), (["--dataset", "folder"], ["--data_dir"]),
     (["--dataset", "folder", "--data_dir", "nowhere"], ["nowhere"]), (["--what"], ["--what"])])
 def test_train_refuses_in_one_line_and_leaves_nothing(
@@ -1354,7 +1359,7 @@ def test_train_keeps_what_is_there(tmp_path, monkeypatch, capsys, trained):
     (["--sampler", "magic"], ["euler"]), (["--eta", "0.5"], ["ddim"]),
     (["--seed", "-1"], ["--seed"]),
     (["--ckpt", "none.pt"], ["none.pt"]), (["--out", "nowhere/a.png"], ["nowhere"]),
-    (["--out", "a.doc"], [".png"]), (["--gif", "a.png"], [".gif"]),
+    (["--out", "a.doc"], [".png"]), (["--gif", "a.png"], [".gif"]), (["--out", ""], [".png"]),
     (["--device", "warp"], ["warp"])])
 def test_sample_refuses_in_one_line_and_leaves_nothing(
         arguments, words, tmp_path, monkeypatch, capsys, trained):

@@ -3,7 +3,7 @@
     python train.py --variant nano                            shapes, a few minutes on a laptop
     python train.py --variant tiny                            shapes, on a GPU such as Colab's T4
     python train.py --dataset cifar10                         CIFAR-10, downloaded
-    python train.py --dataset folder --data_dir my/pictures   your own; sub-folders are classes
+    python train.py --dataset folder --data_dir my/pictures   your own
 
 Then `python sample.py`. A run lives in runs/<arch>-<variant>-<dataset>/: ckpt.pt, log.csv and
 samples/. Read this file from the bottom: main() sets up, train() is the loop.
@@ -12,6 +12,8 @@ samples/. Read this file from the bottom: main() sets up, train() is the loop.
 import argparse
 import ast
 import csv
+import http.client
+import inspect
 import math
 import socket
 import sys
@@ -30,12 +32,13 @@ from liquidflow import (ARCHS, EMA, PHYSICS, PROCESSES, SAMPLERS, VARIANTS, Phys
                         create_model, save_checkpoint)
 
 CHECKPOINT_VERSION = 1      # raised whenever what a checkpoint holds changes its meaning
-HELD_OUT = 512              # pictures that are never trained on
+HELD_OUT = 512              # pictures that are never trained on (half, of a set below 1,024)
+TEST_SEED = 0               # for which they are, and their noise: the same whatever --seed is
 EPOCH_OF_SHAPES = 50_000    # pictures
 
-# What each model was designed for: its process, and the sampler that goes with the process
+# What each model was designed for, and the sampler for what a process's network predicts
 PROCESS_OF = {"patch": "flow", "unet": "flow", "mamba": "diffusion"}
-SAMPLER_OF = {"flow": "euler", "diffusion": "ddim"}
+SAMPLER_OF = {"velocity": "euler", "noise": "ddim"}
 
 # Training defaults. A high rate teaches a small model most per minute; larger models want a lower
 # one. The nano U-Net does more work per picture, so its batches are smaller.
@@ -104,10 +107,10 @@ class Shapes:
         def at_pixels(value):
             return value[:, None, None]                                              # (B, 1, 1)
 
-        radius = 0.62 + 0.2 * size
-        turn = (2 * turn - 1) * math.radians(20)    # a little: stars and triangles stay upright
-        px = (x - at_pixels((2 * x0 - 1) * (0.95 - radius))) / at_pixels(radius)     # (B, 1, W)
-        py = (y - at_pixels((2 * y0 - 1) * (0.95 - radius))) / at_pixels(radius)     # (B, H, 1)
+        radius = 0.7 + 0.1 * size
+        turn = (2 * turn - 1) * math.radians(10)    # a little: stars and triangles stay upright
+        px = (x - at_pixels((2 * x0 - 1) * (0.92 - radius))) / at_pixels(radius)     # (B, 1, W)
+        py = (y - at_pixels((2 * y0 - 1) * (0.92 - radius))) / at_pixels(radius)     # (B, H, 1)
         u = px * at_pixels(turn.cos()) + py * at_pixels(turn.sin())                  # (B, H, W)
         v = py * at_pixels(turn.cos()) - px * at_pixels(turn.sin())
 
@@ -153,7 +156,7 @@ def read_picture(path, size):
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-            grey = np.asarray(image, dtype=np.float32)
+            grey = np.asarray(image, dtype=np.float32)    # "I" may hold 8 or 16 bits: look
             scale = 257 if grey.max() > 255 else 1
             image = Image.fromarray((grey / scale).clip(0, 255).astype(np.uint8))
         if image.mode in ("P", "PA", "LA", "La", "RGBA", "RGBa") or "transparency" in image.info:
@@ -164,7 +167,7 @@ def read_picture(path, size):
 
 
 def load_folder(data_dir, size, device):
-    """Every picture below data_dir. Sub-folders are classes; what cannot be read is named once."""
+    """Every picture below data_dir. Sub-folders are classes; what cannot be read is named."""
     root = Path(data_dir or "")
     if not data_dir or not root.is_dir():
         raise ValueError("--dataset folder needs --data_dir, a folder of pictures"
@@ -181,9 +184,8 @@ def load_folder(data_dir, size, device):
             unread.append(f"{path} ({'not a picture' if unknown else error})")
         progress(i + 1)
     progress.close()
-    if unread:
-        print(f"skipped {len(unread)} that cannot be read: {'; '.join(unread[:20])}"
-              f"{' ...' if len(unread) > 20 else ''}", file=sys.stderr)
+    for name in unread:
+        print(f"skipped {name}", file=sys.stderr)
     if not images:
         raise ValueError(f"no picture in {root} could be read; files ending in "
                          f"{' '.join(sorted(EXTENSIONS))} are looked for")
@@ -211,7 +213,7 @@ def load_cifar10(data_dir, size, device):
         try:
             data = source(data_dir or "data", train=True, download=True)
             break
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, http.client.HTTPException) as error:
             failures.append(f"{url} ({error})")
     else:
         raise ValueError(f"CIFAR-10 could not be downloaded; tried {'; '.join(failures)}. "
@@ -255,8 +257,18 @@ def shuffled(indices, batch_size, seed):
 # The console
 # ------------------------------------------------------------------------------------------------
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the default of every option that has one."""
+
+    def _get_help_string(self, action):
+        return super()._get_help_string(action) if action.default else action.help
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=Help)
 
     def error(self, message):
         fail(message)
@@ -275,7 +287,7 @@ def number(kind, low, high=math.inf):
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not low <= value <= high:
+        if not low <= value <= high or value == math.inf:
             limit = f"of at least {low}" if high == math.inf else f"between {low} and {high}"
             what = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {what} {limit}")
@@ -297,10 +309,10 @@ class Progress:
         self.what, self.total, self.start, self.shown = what, total, time.time(), 0.0
         self.live = sys.stdout.isatty()
 
-    def __call__(self, done, text="", every=0.2):
-        """Shows the state, at most once every so many seconds (in a file: every 10)."""
+    def __call__(self, done, text=""):
+        """Shows the state, at most every 0.2 seconds (every 10, where it is not a terminal)."""
         now = time.time()
-        if now - self.shown < (every if self.live else 10) and done < self.total:
+        if now - self.shown < (0.2 if self.live else 10) and done < self.total:
             return
         self.shown = now
         left = (now - self.start) / max(done, 1) * (self.total - done)
@@ -324,8 +336,8 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else (
             "mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
     return torch.device(name)
 
@@ -351,8 +363,8 @@ def physics_weights(text):
 def override(text):
     """--override: key=value -> (key, value); the value is a Python literal or else a string."""
     key, equals, value = text.partition("=")
-    if not equals or not key.isidentifier():
-        raise argparse.ArgumentTypeError(f"{text!r} is not key=value")
+    if not equals or not key.isidentifier() or key in inspect.signature(create_model).parameters:
+        raise argparse.ArgumentTypeError(f"{text!r} is not key=value, with an option of the model")
     try:
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError):
@@ -367,14 +379,14 @@ def learning_rate(step, steps, peak):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def draw_times(process_name, count, device):
+def draw_times(process, count, device):
     """Which t a batch is trained at: (count,) in [0, 1].
 
-    Uniform for the diffusion. For the flow the logistic function of a normal number, as in Esser et
-    al. (2024), "Scaling Rectified Flow Transformers": the middle of the path, where it is decided
-    what a picture shows, gets more practice than its ends, where it is cleaned or only begun.
+    Uniform where noise is predicted. For velocity the logistic function of a normal number, as in
+    Esser et al. (2024), "Scaling Rectified Flow Transformers": the middle of the path, where it is
+    decided what a picture shows, gets more practice than its ends.
     """
-    if process_name == "flow":
+    if process.predicts == "velocity":
         return torch.sigmoid(torch.randn(count, device=device))
     return torch.rand(count, device=device)
 
@@ -435,40 +447,49 @@ class Log:
 
     def means(self):
         """What was added since the last row, averaged, and the speed so far."""
-        means = {name: float(total / max(self.counts[name], 1))
-                 for name, total in self.sums.items()}
+        means = {name: float(total / self.counts[name]) for name, total in self.sums.items()
+                 if self.counts[name] > 0}                       # no t in a quarter: no loss there
         return {**means, "images_per_s": self.images / (time.time() - self.start)}
 
     def write(self, **row):
         """Writes the row, and starts a new one."""
-        self.rows.writerow({name: f"{value:.6g}" for name, value in row.items()})
+        self.rows.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
+                            for name, value in row.items()})
         self.file.flush()
         self.reset()
 
 
-def train(args, model, process_name, data, out, device):
+def check_finite(loss, step):
+    """ValueError for a loss that is no number any more: before such weights replace good ones."""
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss is no longer finite at step {step}; a lower --lr may help")
+
+
+def train(args, model, data, out, device):
     """The loop: batch, loss, step, average; now and then a line, a row of log.csv, a checkpoint."""
-    process = PROCESSES[process_name]()
-    training, held_out = held_out_split(len(data), args.seed)
+    process = PROCESSES[args.process]()
+    training, held_out = held_out_split(len(data), TEST_SEED)
     batches = shuffled(training, args.batch_size, args.seed)
     optimizer = make_optimizer(model, args.lr, args.weight_decay, device)
     ema, physics = EMA(model, args.ema), PhysicsLoss(args.physics)
 
-    fixed = torch.Generator().manual_seed(args.seed)    # for noise that never changes in a run
+    fixed = torch.Generator().manual_seed(TEST_SEED)    # for noise that never changes
     shape = 3, args.image_size, args.image_size
     test_noise = torch.randn(len(held_out), *shape, generator=fixed).to(device)
     sample_noise = torch.randn(36, *shape, generator=fixed).to(device)
 
     def save(step):
         """Writes ckpt.pt and a grid of pictures; returns the held-out loss."""
+        loss = held_out_loss(ema.model, process, lambda part: data[held_out[part]], test_noise)
+        check_finite(loss, step)
         save_checkpoint(out / "ckpt.pt", dict(
-            version=CHECKPOINT_VERSION, config=model.config, process=process_name, step=step,
-            classes=data.classes, args=vars(args), model=model.state_dict(),
-            ema=ema.model.state_dict()))
-        pictures = SAMPLERS[SAMPLER_OF[process_name]](ema.model, process, sample_noise, steps=50)
+            version=CHECKPOINT_VERSION, config=model.config, process=args.process, step=step,
+            classes=data.classes, args=vars(args), ema=ema.model.state_dict()))
+        sampler = SAMPLERS[SAMPLER_OF[process.predicts]]
+        pictures = sampler(ema.model, process, sample_noise, steps=50)
         save_image(pictures, out / "samples" / f"step_{step:06d}.png", nrow=6, normalize=True,
                    value_range=(-1, 1))
-        return held_out_loss(ema.model, process, lambda part: data[held_out[part]], test_noise)
+        return loss
 
     log, progress, shown = Log(out / "log.csv", physics.weights), Progress("step", args.steps), ""
     for step in range(args.steps):
@@ -479,7 +500,7 @@ def train(args, model, process_name, data, out, device):
         x0 = data[next(batches)]                                              # (B, 3, H, W)
         flip = torch.rand(len(x0), 1, 1, 1, device=device) < 0.5
         x0 = torch.where(flip, x0.flip(3), x0)
-        t = draw_times(process_name, len(x0), device)                         # (B,)
+        t = draw_times(process, len(x0), device)                              # (B,)
         errors, x0_hat, _ = process.loss(model, x0, t=t, reduction="none")    # errors (B,)
         penalty, parts = physics(x0_hat, x0, process.alpha_sigma(t)[0], step)
 
@@ -500,13 +521,11 @@ def train(args, model, process_name, data, out, device):
             nano = args.variant == "nano"
             quicker = f"--steps {args.steps / hours:.0f}" if nano else "--variant nano"
             if hours > 1:
-                print(f"this will take about {hours:.1f} h on this machine; {quicker} is quicker")
+                progress.note(f"this will take about {hours:.1f} h here; {quicker} is quicker")
         saving = done % args.sample_every == 0 or done == args.steps
         if saving or done % args.log_every == 0:
             row = dict(log.means(), step=done, lr=lr)
-            if not math.isfinite(row["loss"]):
-                raise ValueError(f"the loss is no longer finite at step {done}; a lower --lr may "
-                                 f"help. What was saved before is in {out}")
+            check_finite(row["loss"], done)
             shown = f"loss {row['loss']:.3f}, {row['images_per_s']:.0f} images/s,"
             if saving:
                 row["held_out"] = save(done)
@@ -518,10 +537,11 @@ def train(args, model, process_name, data, out, device):
 
 def parse_arguments(argv=None):
     """The command line; what is not given takes the default of its variant."""
-    parser = Parser(description="Train a LiquidFlow model.",
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description="Train a LiquidFlow model. --steps, --batch_size and --lr have "
+                                "defaults for each variant: see DEFAULTS in train.py.")
     add = parser.add_argument
     add("--arch", choices=ARCHS, default="patch", help="the model")
+    add("--process", choices=PROCESSES, help="what it learns; if not given, what it was made for")
     add("--variant", default="tiny", help="its size: nano, tiny, small, base, 512 or large")
     add("--dataset", choices=DATASETS, default="shapes", help="shapes needs no download")
     add("--data_dir", help="a folder of pictures, or where to keep a download")
@@ -549,6 +569,7 @@ def parse_arguments(argv=None):
     for name, value in DEFAULTS[args.variant].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    args.process = args.process or PROCESS_OF[args.arch]
     args.out = args.out or f"runs/{args.arch}-{args.variant}-{args.dataset}"
     return args
 
@@ -559,15 +580,18 @@ def run(args):
     device = pick_device(args.device)
     model = create_model(args.arch, args.variant, args.image_size, **dict(args.override)).to(device)
     out = Path(args.out)
-    if (out / "ckpt.pt").exists() and not args.overwrite:
+    old = [path for name in ("ckpt.pt", "log.csv", "samples/step_*.png") for path in out.glob(name)]
+    if old and not args.overwrite:
         raise ValueError(f"{out} already holds a run: choose another --out, or give --overwrite")
     data = DATASETS[args.dataset](args, device)
     if len(data) < 2:
         raise ValueError("one picture is too few: one is held out, and none is left to train on")
     (out / "samples").mkdir(parents=True, exist_ok=True)
-    training = len(data) - len(held_out_split(len(data), args.seed)[1])
+    for path in old:
+        path.unlink()
+    training = len(held_out_split(len(data), TEST_SEED)[0])
     if args.epochs:
-        args.steps = math.ceil(args.epochs * training / args.batch_size)
+        args.steps = -(-args.epochs * training // args.batch_size)                # rounded up
 
     cells = getattr(model, "grid", None)
     print(f"{args.arch} {args.variant}: {sum(p.numel() for p in model.parameters()):,} parameters; "
@@ -575,7 +599,7 @@ def run(args):
           f"{f' as {cells[0] * cells[1]} tokens' if cells else ''}, {len(data) - training} held "
           f"out; {args.steps} steps of {args.batch_size} on {device}")
     start = time.time()
-    train(args, model, PROCESS_OF[args.arch], data, out, device)
+    train(args, model, data, out, device)
     print(f"trained in {duration(time.time() - start)}: {out / 'ckpt.pt'}; "
           f"next: python sample.py --ckpt {out / 'ckpt.pt'}")
 
@@ -586,7 +610,12 @@ def main(argv=None):
         run(parse_arguments(argv))
     except (ValueError, OSError) as error:
         fail(error)
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        fail("out of memory: a smaller --batch_size, --image_size or --variant needs less")
     except KeyboardInterrupt:
+        print()
         fail("interrupted; what was saved last is kept")
 
 
