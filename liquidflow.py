@@ -14,9 +14,8 @@ noise to picture that it makes possible:
                                                §15  TAESD: pictures as small latents
                                                §16  the tour
 
-`python liquidflow.py` is a guided tour that prints shapes, and the errors that it measures.
-Not here: data and the training loop (train.py), drawing pictures (sample.py), proofs and timings
-(test_liquidflow.py), CUDA kernels, attention.
+`python liquidflow.py` is a tour that prints shapes, and errors that it measures. Not here: data and
+training (train.py), drawing pictures (sample.py), proofs (test_liquidflow.py), kernels, attention.
 
 Conventions
     t in [0, 1]   0 is data, 1 is noise, in every process and every sampler.
@@ -133,7 +132,7 @@ def sinusoidal(t, dim, max_period=10000, scale=1000):
 class SinusoidalTimeEmbedding(nn.Module):
     """The features above, then a two-layer SiLU network: t (B,) in [0, 1] -> (B, dim).
 
-    Runs outside autocast: half precision would blur neighbouring times into one.
+    Outside autocast: half precision would blur neighbouring times into one.
     """
 
     def __init__(self, dim):
@@ -615,8 +614,7 @@ SCANS = {"zigzag": zigzag_orders, "raster": raster_order}
 class Scan(nn.Module):
     """Lets a mixer read a grid of tokens along several paths and averages what it says.
 
-    (b, l, d) in raster order -> (b, l, d) in raster order; orders (paths, l). The paths share the
-    mixer's weights and run as one batch.
+    (b, l, d) -> (b, l, d), both in raster order; orders (paths, l). Paths share the weights.
     """
 
     def __init__(self, mixer, orders):
@@ -1244,7 +1242,7 @@ def guided(model, x, t, y, cfg_scale):
 def walk(process, steps, predicts=("velocity", "noise")):
     """[(0, t, s), (1, t, s), ...]: the steps from t = 1 to 0, each from t to the next time s.
 
-    ValueError for steps < 1, or if the sampler cannot use what the process's network predicts.
+    ValueError for steps < 1, or a process whose prediction the sampler cannot use.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
@@ -1285,12 +1283,14 @@ def heun_sample(model, process, noise, steps, y=None, cfg_scale=1.0, callback=No
 
 @torch.no_grad()
 def ddim_sample(model, process, noise, steps, y=None, cfg_scale=1.0, callback=None, eta=0.0,
-                generator=None):
+                generator=None, clip=None):
     """noise (B, C, H, W) -> x0, by `steps` DDIM steps, for either process.
 
     eta 0: no new noise, the same picture every time; eta 1: as much as DDPM's sampler draws (from
-    `generator`). ValueError for steps < 1, more steps than the process has, and eta outside
-    [0, 1]. Source: Song et al. (2021), "Denoising Diffusion Implicit Models".
+    `generator`). clip: the largest |x0_hat| that is believed, 1 for pictures; where alpha is small,
+    a little error in the predicted noise is a huge one in x0_hat, and would stay in the picture.
+    ValueError for steps < 1, more steps than the process has, and eta outside [0, 1]. Source:
+    Song et al. (2021), "Denoising Diffusion Implicit Models".
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie between 0 (no new noise) and 1 (DDPM), not {eta}")
@@ -1300,6 +1300,9 @@ def ddim_sample(model, process, noise, steps, y=None, cfg_scale=1.0, callback=No
     for i, t, s in path:
         output = guided(model, x, everywhere(t, x), y, cfg_scale)
         x0_hat, noise_hat = process.split(x, everywhere(t, x), output)
+        if clip is not None:
+            x0_hat = x0_hat.clamp(-clip, clip)
+            noise_hat = (x - alpha[i] * x0_hat) / sigma[i]
         if callback:
             callback(i, x, x0_hat)
         kept = sigma[i] ** 2 - (alpha[i] / alpha[i + 1] * sigma[i + 1]) ** 2
@@ -1543,8 +1546,7 @@ def tour():
 
     t, x, c = torch.rand(4), torch.randn(4, 48, 8, 8), torch.randn(4, 64)
     print(f"§2  time {tuple(t.shape)} -> embedding {tuple(SinusoidalTimeEmbedding(64)(t).shape)}")
-    plain = F.group_norm(x, 24, eps=1e-6)
-    print(f"§3  a new AdaLN against the plain norm: {gap(AdaLN(48, 64)(x, c), plain)}")
+    print(f"§3  new AdaLN - norm: {gap(AdaLN(48, 64)(x, c), F.group_norm(x, 24, eps=1e-6))}")
 
     x0, f, A, tau, time = (torch.rand(100, dtype=torch.float64) + 0.5 for _ in range(5))
     exact = ltc_closed_form(x0, f, A, tau, time)
@@ -1565,7 +1567,6 @@ def tour():
     u, mixer = torch.randn(2, 50, 32), Mamba2(32, headdim=16)
     moved = gap(mixer(torch.cat([u[:, :30], u[:, 30:] + 1], dim=1))[:, :30], mixer(u)[:, :30])
     print(f"§6  Mamba-2 {tuple(u.shape)}: a change at token 30 moves the tokens before by {moved}")
-    print(f"§7  the zigzag down the columns of 3 x 4 cells: {zigzag_orders(3, 4)[1].tolist()}")
 
     model, pictures = create_model("patch", "nano", 32), torch.rand(64, 3, 32, 32) * 2 - 1
     first = [process().loss(model, pictures)[0].item() for process in PROCESSES.values()]
@@ -1584,7 +1585,6 @@ def tour():
     for name, sampler in SAMPLERS.items():
         errors = [gap(sampler(velocity, flow, noise, steps), noise / 2) for steps in (16, 32, 64)]
         print(f"§13 {name:<5} in 16, 32, 64 steps, error: {', '.join(errors)}")
-    print(f"§15 TAESD {tuple(pictures.shape)} -> {tuple(TAESD().encode(pictures).shape)}")
 
     print("\nvariant        size  parameters  claimed")
     for arch, claims in CLAIMS.items():

@@ -17,8 +17,8 @@ from PIL import Image
 from torchvision.utils import make_grid
 
 from liquidflow import PROCESSES, SAMPLERS, create_model, load_checkpoint, sides, write_whole
-from train import (CHECKPOINT_VERSION, SAMPLER_OF, Parser, Progress, duration, fail, number,
-                   pick_device)
+from train import (CHECKPOINT_VERSION, SAMPLER_OF, SAMPLER_OPTIONS, Parser, Progress, duration,
+                   fail, number, pick_device)
 
 BATCH = 64    # pictures drawn at once
 
@@ -92,11 +92,11 @@ def run(args):
     path = args.ckpt or newest_checkpoint()
     model, process, step = load_model(path, device)
     name = args.sampler or SAMPLER_OF[process.predicts]
-    options = {}
+    options = dict(SAMPLER_OPTIONS.get(name, {}))
     if args.eta:
         if name != "ddim":
             raise ValueError(f"--eta {args.eta}: only --sampler ddim draws fresh noise, not {name}")
-        options = dict(eta=args.eta, generator=torch.Generator(device).manual_seed(args.seed))
+        options.update(eta=args.eta, generator=torch.Generator(device).manual_seed(args.seed))
 
     shape = model.config["in_channels"], *sides(model.config["image_size"])
     noise = draw_noise(args.n, shape, args.seed)

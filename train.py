@@ -39,6 +39,7 @@ EPOCH_OF_SHAPES = 50_000    # pictures
 # What each model was designed for, and the sampler for what a process's network predicts
 PROCESS_OF = {"patch": "flow", "unet": "flow", "mamba": "diffusion"}
 SAMPLER_OF = {"velocity": "euler", "noise": "ddim"}
+SAMPLER_OPTIONS = {"ddim": dict(clip=1.0)}    # pictures lie in [-1, 1]
 
 # Training defaults. A high rate teaches a small model most per minute; larger models want a lower
 # one. The nano U-Net does more work per picture, so its batches are smaller.
@@ -485,8 +486,9 @@ def train(args, model, data, out, device):
         save_checkpoint(out / "ckpt.pt", dict(
             version=CHECKPOINT_VERSION, config=model.config, process=args.process, step=step,
             classes=data.classes, args=vars(args), ema=ema.model.state_dict()))
-        sampler = SAMPLERS[SAMPLER_OF[process.predicts]]
-        pictures = sampler(ema.model, process, sample_noise, steps=50)
+        name = SAMPLER_OF[process.predicts]
+        options = SAMPLER_OPTIONS.get(name, {})
+        pictures = SAMPLERS[name](ema.model, process, sample_noise, 50, **options)
         save_image(pictures, out / "samples" / f"step_{step:06d}.png", nrow=6, normalize=True,
                    value_range=(-1, 1))
         return loss
@@ -516,7 +518,7 @@ def train(args, model, data, out, device):
             flow = process.predicts == "velocity"
             print(f"first loss {errors.mean().item():.3f}; a new model answers 0, which costs "
                   + (f"1 + E[x^2] = {1 + x0.square().mean().item():.3f}" if flow else "1"))
-        if done == min(20, args.log_every):
+        if done == min(3, args.log_every):
             hours = args.steps * args.batch_size / log.means()["images_per_s"] / 3600
             nano = args.variant == "nano"
             quicker = f"--steps {args.steps / hours:.0f}" if nano else "--variant nano"
