@@ -33,7 +33,7 @@ from liquidflow import (ARCHS, EMA, PHYSICS, PROCESSES, SAMPLERS, VARIANTS, Phys
 
 CHECKPOINT_VERSION = 1      # raised whenever what a checkpoint holds changes its meaning
 HELD_OUT = 512              # pictures that are never trained on (half, of a set below 1,024)
-TEST_SEED = 0               # for which they are, and their noise: the same whatever --seed is
+TEST_SEED = 0               # chooses them and their noise, so that runs of any --seed compare
 EPOCH_OF_SHAPES = 50_000    # pictures
 
 # What each model was designed for, and the sampler for what a process's network predicts
@@ -613,7 +613,8 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         fail(error)
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        told = any(words in str(error) for words in ("out of memory", "allocate memory"))
+        if not told and not isinstance(error, MemoryError):
             raise
         fail("out of memory: a smaller --batch_size, --image_size or --variant needs less")
     except KeyboardInterrupt:
