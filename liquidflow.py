@@ -191,9 +191,8 @@ class AdaLN(nn.Module):
 #
 #     dx/dt = -(1/tau + f) * x + f * A
 #
-# f stands in front of x too, so the input also sets how fast the neuron reacts: its time constant
-# is "liquid". A numerical solution is as accurate as one likes, but slow: each step waits for the
-# one before.
+# f stands in front of x too: the input also sets how fast the neuron reacts, its time constant is
+# "liquid". A numerical solution is as accurate as one likes, but each step waits for the last.
 
 def ltc_ode(x0, f, A, tau, t, steps):
     """x(t) of the LTC equation from x(0) = x0, with f held constant, by `steps` Runge-Kutta steps.
@@ -257,8 +256,7 @@ class CfCCell(nn.Module):
 
     x (b, input_size), h (b, hidden_size); t, the time since the last step: number, (b,) or (b, 1).
     |output| <= 1 for every finite input, weight and time, unless a sum inside overflows. Source:
-    Hasani et al. (2022), "Closed-form continuous-time neural networks"; time_a and time_b make the
-    f and b of the formula above.
+    Hasani et al. (2022), "Closed-form continuous-time neural networks" (f: time_a, b: time_b).
     """
 
     def __init__(self, input_size, hidden_size, backbone_units=128, backbone_layers=1):
@@ -292,8 +290,7 @@ class CfCCell(nn.Module):
 # The second line is step 2 again: x relaxes towards cfc at a learned rate lambda > 0. ts and lambda
 # are kept within a factor of 4 of where they start (1 and log 2, so alpha = 0.5^ts at first): then
 # alpha can saturate neither at 0 nor at 1, where it would disconnect the input or the liquid part.
-# A mean over the embedding, as one of our sources takes it for ts, is no time: it hardly changes
-# with t, and alpha stays at 0.993.
+# (The mean of the embedding would be no time: it hardly changes with t; alpha stays at 0.993.)
 
 class ParallelCfC(nn.Module):
     """A CfC for every pixel: x (B, dim, H, W), c (B, cond_dim) -> (B, dim, H, W).
@@ -502,18 +499,6 @@ def ssd_chunked(x, log_decay, Bm, Cm, initial_state=None, chunk_size=None):
 #
 # A large step both writes more and forgets more: dt is the gate of this recurrence.
 
-class GatedRMSNorm(nn.Module):
-    """RMSNorm over the last axis of y * SiLU(z), eps 1e-5, computed in at least float32."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, y, z):
-        gated = full(y) * F.silu(full(z))
-        return F.rms_norm(gated, self.weight.shape, full(self.weight), eps=1e-5).to(y.dtype)
-
-
 class Mamba2(nn.Module):
     """The Mamba-2 token mixer: (b, l, d_model) -> (b, l, d_model), causal in the order of l.
 
@@ -542,7 +527,7 @@ class Mamba2(nn.Module):
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))      # softplus(dt_bias) = dt
         self.A_log = nn.Parameter(torch.log(torch.empty(nheads).uniform_(1, 16)))
         self.D = nn.Parameter(torch.ones(nheads))
-        self.norm = GatedRMSNorm(d_inner)
+        self.norm = nn.RMSNorm(d_inner, eps=1e-5)
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
 
     def forward(self, u):
@@ -560,7 +545,7 @@ class Mamba2(nn.Module):
         y, _ = ssd_chunked((x * dt[..., None]).to(x.dtype), log_decay, Bm, Cm,
                            chunk_size=self.chunk_size)
         y = y + x * self.D[:, None]                                                 # (b, l, h, p)
-        return self.out_proj(self.norm(y.flatten(2), z))
+        return self.out_proj(self.norm(full(y.flatten(2)) * F.silu(full(z))))
 
 
 # What mixes the tokens of a model: name -> class, made as cls(dim, d_state=, expand=, headdim=),
@@ -588,10 +573,8 @@ def zigzag_orders(height, width):
     """
     grid = torch.arange(height * width).view(height, width)
 
-    def snake(cells):
-        cells = cells.clone()
-        cells[1::2] = cells[1::2].flip(1)               # every other row is walked backwards
-        return cells.flatten()
+    def snake(cells):                                   # every other row is walked backwards
+        return torch.cat([row.flip(0) if i % 2 else row for i, row in enumerate(cells)])
 
     corners = grid, grid.flip(1), grid.flip(0), grid.flip(0, 1)
     return torch.stack([snake(view) for corner in corners for view in (corner, corner.T)])
@@ -621,9 +604,8 @@ class Scan(nn.Module):
         super().__init__()
         self.mixer = mixer
         self.paths = len(orders)
-        offsets = torch.arange(self.paths)[:, None] * orders.shape[1]
         self.register_buffer("order", orders.flatten(), persistent=False)
-        inverse = inverse_order(orders) + offsets
+        inverse = inverse_order(orders) + torch.arange(self.paths)[:, None] * orders.shape[1]
         self.register_buffer("inverse", inverse.flatten(), persistent=False)
 
     def forward(self, u):
@@ -771,9 +753,9 @@ class LiquidUNet(nn.Module):
 # §9  LiquidPatch and LiquidMamba: one token model, two kinds of block
 #
 # The picture is cut into patches, each patch becomes a token, blocks work on the tokens, and the
-# tokens become patches again. Blocks in the second half also get what a block in the first half
-# made (long skips), so that fine detail need not survive the middle. The scan needs the tokens as
-# a sequence, the CfC's convolution as a grid: two views of the same memory.
+# tokens become patches again. Between the halves one layer looks at the whole picture. Blocks in
+# the second half also get what a block in the first half made (long skips), so that fine detail
+# need not survive the middle. The scan takes the tokens as a sequence, the CfC as a grid.
 
 def to_tokens(x):
     """(B, C, H, W) -> (b, l, d) in raster order, l = H * W, d = C."""
@@ -802,8 +784,6 @@ class PatchBlock(nn.Module):
     """Scan and CfC side by side, then a feed-forward: x (b, l, dim), c (b, cond_dim) -> x's shape.
 
         u = AdaLN(x, c);   x = x + Scan(u) + gain * CfC(u, c);   x = x + FeedForward(AdaLN(x, c))
-
-    One path for each block; the blocks of a model take turns.
     """
 
     def __init__(self, dim, cond_dim, grid, mixer, order, kernel_size=5, cfc_expand=1, ff_expand=4):
@@ -841,6 +821,32 @@ class MambaBlock(nn.Module):
         return x + self.cfc_out(self.norm_out(x, c), c)
 
 
+class Overview(nn.Module):
+    """One look at the whole picture: tokens (b, l, dim) in raster order -> the same shape.
+
+        x = x + write(mix(v)),   v = read(norm(x)), 8 numbers for each cell of an 8 x 8 grid
+
+    A scan passes on what it remembers, a convolution reaches its neighbours; in a small model
+    neither brings the far ends of a shape together. mix is a two-layer network over all 8 * 64
+    numbers at once. The fixed grid keeps it small for large pictures. At first it adds nothing.
+    """
+
+    def __init__(self, dim, grid, units, cells=8, features=8):
+        super().__init__()
+        self.grid, self.cells = grid, (cells, cells)
+        self.norm = nn.LayerNorm(dim)
+        self.read = nn.Linear(dim, features)
+        self.mix = nn.Sequential(nn.Linear(features * cells**2, units), nn.GELU(),
+                                 nn.Linear(units, features * cells**2))
+        self.write = zeroed(nn.Linear(features, dim))
+
+    def forward(self, x):
+        v = to_grid(self.read(self.norm(x)), *self.grid)                         # (B, 8, H/p, W/p)
+        v = F.adaptive_avg_pool2d(v, self.cells)                                 # (B, 8, 8, 8)
+        v = self.mix(v.flatten(1)).view_as(v)
+        return x + self.write(to_tokens(F.interpolate(v, self.grid)))            # (b, l, dim)
+
+
 class LiquidPatch(nn.Module):
     """The token model: x (B, C, H, W), t (B,), y (B,) or None -> x's shape.
 
@@ -852,7 +858,7 @@ class LiquidPatch(nn.Module):
 
     def __init__(self, image_size, in_channels, num_classes, dim=256, depth=4, cond_dim=256,
                  patch_size=0, d_state=64, expand=2, headdim=64, scan="zigzag", mixer="mamba2",
-                 **block_options):
+                 overview=128, **block_options):
         super().__init__()
         size = sides(image_size)
         p = patch_size or max(self.least_patch, min(size) // self.most_cells)
@@ -876,6 +882,7 @@ class LiquidPatch(nn.Module):
                        make_mixer(dim, d_state=d_state, expand=expand, headdim=headdim),
                        orders[13 * i % len(orders)], **block_options)
             for i in range(depth))
+        self.overview = Overview(dim, self.grid, overview)            # used before the middle block
         self.skips = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(depth // 2))
         self.norm = AdaLN(dim, cond_dim)
         self.refine = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
@@ -887,6 +894,8 @@ class LiquidPatch(nn.Module):
         x = to_tokens(x + self.stem(x))                               # (b, l, d), l = H/p * W/p
         first_half = []                                               # what the skips will bring
         for i, block in enumerate(self.blocks):
+            if i == len(self.blocks) // 2:
+                x = self.overview(x)
             late = i - (len(self.blocks) - len(self.skips))           # >= 0 in the second half
             if late >= 0:
                 x = self.skips[late](torch.cat([x, first_half.pop()], dim=-1))
@@ -907,24 +916,22 @@ class LiquidMamba(LiquidPatch):
 # ------------------------------------------------------------------------------------------------
 # §10  Variants
 #
-# One table of shapes. From "tiny" upwards they follow the three documents that this project was
-# started from (LiquidFlow, LiquidDiffusion, LiquidFlow-Gen); "nano" is for a laptop's processor.
-# The tour prints what they count to beside what the documents claim: count, do not believe.
+# One table of shapes. From "tiny" up they follow the three documents that this project started
+# from; "nano" is for a laptop. The tour prints what they count to beside what was claimed.
 
 ARCHS = {"patch": LiquidPatch, "unet": LiquidUNet, "mamba": LiquidMamba}
 
 VARIANTS = {
     "patch": {
         "nano": dict(dim=96, depth=3, cond_dim=64, patch_size=4, d_state=16, expand=1,
-                     headdim=48, kernel_size=3, ff_expand=2),
+                     headdim=48, kernel_size=3, ff_expand=2, overview=256),
         "tiny": dict(dim=256, depth=4, cond_dim=128),
         "small": dict(dim=384, depth=4, cond_dim=192),
         "base": dict(dim=512, depth=6, cond_dim=256),
         "512": dict(dim=512, depth=6, cond_dim=256),
     },
     "unet": {
-        "nano": dict(channels=(16, 48, 96), blocks=(1, 1, 1), cond_dim=64, kernel_size=3,
-                     expand=1),
+        "nano": dict(channels=(16, 48, 96), blocks=(1, 1, 1), cond_dim=64, kernel_size=3, expand=1),
         "tiny": dict(channels=(64, 128, 256), blocks=(2, 2, 4), cond_dim=256),
         "small": dict(channels=(96, 192, 384), blocks=(2, 3, 6), cond_dim=384),
         "base": dict(channels=(128, 256, 512), blocks=(2, 4, 8), cond_dim=512),
@@ -932,7 +939,7 @@ VARIANTS = {
     },
     "mamba": {
         "nano": dict(dim=96, depth=3, cond_dim=64, patch_size=4, d_state=16, expand=1,
-                     headdim=48, kernel_size=3),
+                     headdim=48, kernel_size=3, overview=256),
         "tiny": dict(dim=128, depth=4, cond_dim=128),
         "small": dict(dim=256, depth=6, cond_dim=128),
         "base": dict(dim=384, depth=9, cond_dim=256),
@@ -974,8 +981,7 @@ def create_model(arch, variant, image_size, in_channels=3, num_classes=0, **over
 #
 #     x_t = alpha(t) * x0 + sigma(t) * noise
 #
-# The network sees x_t and t and must answer with one fixed mixture of the two, from which both can
-# be recovered. Two choices:
+# The network sees x_t and t and answers with a mixture of the two that reveals both. Two choices:
 #
 #     rectified flow   alpha = 1 - t, sigma = t             learns velocity = noise - x0 = dx_t/dt
 #     VP diffusion     alpha^2 + sigma^2 = 1 (a table)      learns noise
@@ -1002,8 +1008,7 @@ class Process:
     def loss(self, model, x0, y=None, t=None, noise=None, reduction="mean"):
         """(mean squared error of the network's answer, its guess x0_hat of x0, t).
 
-        t uniform in [0, 1) and noise standard normal unless given; reduction "none" gives one
-        error for each picture, (B,).
+        t uniform in [0, 1), noise standard normal unless given; reduction "none": one error each.
         """
         t = torch.rand(len(x0), device=x0.device, dtype=full(x0).dtype) if t is None else t
         noise = torch.randn_like(x0) if noise is None else noise
@@ -1159,8 +1164,7 @@ def spectral_loss(p, q):
 
 # name -> term(x0_hat, x0) -> (B,). A new one stays silent until PhysicsLoss gives it a weight.
 PHYSICS = {
-    "tv": lambda p, q: total_variation(p),
-    "laplacian": lambda p, q: laplacian_energy(p),
+    "tv": lambda p, q: total_variation(p), "laplacian": lambda p, q: laplacian_energy(p),
     "gradient": gradient_loss,
     "intensity": intensity_loss,
     "spectral": spectral_loss,
@@ -1389,8 +1393,7 @@ def load_checkpoint(path):
 # A 512-pixel picture has 786,432 numbers; most of them can be guessed from the others. An
 # autoencoder keeps an eighth of each side: the generator then works on latents of 64 x 64, and the
 # decoder paints the detail back. TAESD is one that is small enough to read: 3x3 convolutions, 64
-# wide, 2.4 million weights. Its pictures live in [0, 1]; ours in [-1, 1], and the difference stays
-# inside the class.
+# wide, 2.4 million weights. That its pictures live in [0, 1] is nobody's business but the class's.
 
 TAESD_URL = ("https://raw.githubusercontent.com/madebyollin/taesd/"
              "5cccb12dc72074a4be35680c3b108548a7c69978")
@@ -1404,10 +1407,7 @@ TAESD_FILES = {    # name -> git blob ids of its encoder and its decoder at that
 
 
 class TAESDBlock(nn.Module):
-    """x -> ReLU(three convolutions(x) + x), (B, 64, H, W); pooled: first x -> x + pool(x).
-
-    The group norm of the pooled branch (taef2 alone has it) lets far-apart places hear each other.
-    """
+    """x -> ReLU(three convolutions(x) + x), (B, 64, H, W); pooled (taef2): first x + pool(x)."""
 
     def __init__(self, pooled=False):
         super().__init__()

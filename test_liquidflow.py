@@ -497,9 +497,34 @@ def test_every_parameter_learns_and_every_pixel_hears_of_every_other(arch):
     x = normal(0, 1, 3, 16, 16).requires_grad_()
     model(x, uniform(1, 1)).square().sum().backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    if arch != "unet":
+        for p in model.overview.parameters():    # the blocks must do it on their own
+            p.detach().zero_()
     for pixel in ((0, 0), (15, 15), (0, 15)):
         reach, = torch.autograd.grad(model(x, uniform(1, 1))[0, :, pixel[0], pixel[1]].sum(), x)
         assert (reach[0].abs().sum(0) > 0).all()
+
+
+@settings(max_examples=15)
+@given(seed=seeds, height=st.sampled_from([1, 4, 8, 16, 24]), width=st.sampled_from([1, 8, 16]))
+def test_overview_is_one_dense_layer_over_an_8_by_8_grid(seed, height, width):
+    torch.manual_seed(seed)
+    overview, x = lf.Overview(6, (height, width), 10), normal(seed, 2, height * width, 6)
+    assert torch.equal(overview.double()(x), x)                  # at first it adds nothing
+    shake(overview, seed, 0.5)
+    read = F.layer_norm(x, (6,), overview.norm.weight, overview.norm.bias)
+    read = F.linear(read, overview.read.weight, overview.read.bias).view(2, height, width, 8)
+
+    def cells(i, n):                              # the rows or columns that lie in cell i of 8
+        return slice(i * n // 8, -(-(i + 1) * n // 8))
+
+    v = torch.stack([read[:, cells(i, height), cells(j, width)].mean((1, 2))
+                     for i in range(8) for j in range(8)], dim=2)                # (2, 8, 64)
+    first, _, second = overview.mix
+    v = second(F.gelu(first(v.flatten(1)))).view(2, 8, 8, 8)
+    expected = torch.stack([v[:, :, i * 8 // height, j * 8 // width]
+                            for i in range(height) for j in range(width)], dim=1)
+    assert_close(overview(x), x + overview.write(expected))
 
 
 @pytest.mark.parametrize("arch", lf.ARCHS)
