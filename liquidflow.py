@@ -27,7 +27,7 @@ Conventions
                   embedding, losses) stays in float32. A float64 model stays float64 throughout.
 
 Two alphabets, so that a size has one letter (inside a formula, letters are those of its paper)
-    picture (B, C, H, W)     batch, channels, height, width
+    picture (B, C, H, W)     batch, channels, height, width (and P, the side of a patch)
     tokens  (b, l, d)        batch, length, width of a token
             h, p             heads, and the width of one head: h * p channels in all
             g                groups of heads that share Bm and Cm
@@ -50,6 +50,7 @@ import copy
 import hashlib
 import http.client
 import inspect
+import io
 import math
 import os
 import urllib.request
@@ -254,7 +255,7 @@ class ScaledTanh(nn.Module):
 class CfCCell(nn.Module):
     """One step of a closed-form continuous-time cell: cell(x, h, t) -> the new state (b, hidden).
 
-    x (b, input_size), h (b, hidden_size); t, the time since the last step: number, (b,) or (b, 1).
+    x (b, input_size), h (b, hidden_size); t, the liquid time it takes: a number, (b,) or (b, 1).
     |output| <= 1 for every finite input, weight and time, unless a sum inside overflows. Source:
     Hasani et al. (2022), "Closed-form continuous-time neural networks" (f: time_a, b: time_b).
     """
@@ -289,8 +290,8 @@ class CfCCell(nn.Module):
 #
 # The second line is step 2 again: x relaxes towards cfc at a learned rate lambda > 0. ts and lambda
 # are kept within a factor of 4 of where they start (1 and log 2, so alpha = 0.5^ts at first): then
-# alpha can saturate neither at 0 nor at 1, where it would disconnect the input or the liquid part.
-# (The mean of the embedding would be no time: it hardly changes with t; alpha stays at 0.993.)
+# alpha stays below 0.96, and the liquid part is never cut off. (As ts, a mean of the embedding, as
+# in one of our sources, would hardly change with t: alpha would stay at 0.993.)
 
 class ParallelCfC(nn.Module):
     """A CfC for every pixel: x (B, dim, H, W), c (B, cond_dim) -> (B, dim, H, W).
@@ -310,8 +311,8 @@ class ParallelCfC(nn.Module):
         self.f_head = nn.Conv2d(expand * dim, dim, 1)
         self.g_head = nn.Conv2d(expand * dim, dim, 1)
         self.h_head = nn.Conv2d(expand * dim, dim, 1)
-        self.time = zeroed(nn.Linear(cond_dim, dim))          # ts = 4^tanh(time(c)), at first near
-        nn.init.normal_(self.time.weight, std=0.08 / math.sqrt(cond_dim))     # 1: 0.3 < alpha < 0.7
+        self.time = zeroed(nn.Linear(cond_dim, dim))          # ts = 4^tanh(time(c)): at first near
+        nn.init.normal_(self.time.weight, std=0.08 / math.sqrt(cond_dim))    # 1, not 1 for every c
         self.bias = zeroed(nn.Linear(cond_dim, dim))          # b(c)
         self.rho = nn.Parameter(torch.zeros(dim))             # lambda = log 2 * 4^tanh(rho)
 
@@ -495,7 +496,7 @@ def ssd_chunked(x, log_decay, Bm, Cm, initial_state=None, chunk_size=None):
 #     dt               = softplus(dt + dt_bias) > 0                the step
 #     log_decay        = dt * A,    A = -exp(A_log) < 0            one rate for each head
 #     y                = ssd(dt * x, log_decay, Bm, Cm) + D * x    D: a skip
-#     out              = out_proj(RMSNorm(y * SiLU(z)))
+#     out              = out_proj(RMSNorm(y * SiLU(z)))            z: a gate on what leaves
 #
 # A large step both writes more and forgets more: dt is the gate of this recurrence.
 
@@ -503,8 +504,9 @@ class Mamba2(nn.Module):
     """The Mamba-2 token mixer: (b, l, d_model) -> (b, l, d_model), causal in the order of l.
 
     Parameter names, shapes and initial values are those of the official module (Dao & Gu, 2024;
-    state-spaces/mamba), so its weights load here; the norm is over all of d_inner, whatever
-    ngroups. ValueError unless headdim divides expand * d_model, and ngroups the number of heads.
+    state-spaces/mamba), so its weights load here. d_state is §5's n, headdim p, ngroups g, d_conv
+    the tokens that a convolution sees; the norm is over all of d_inner. ValueError unless headdim
+    divides expand * d_model, and ngroups the number of heads.
     """
 
     def __init__(self, d_model, d_state=64, d_conv=4, expand=2, headdim=64, ngroups=1,
@@ -558,8 +560,8 @@ MIXERS = {"mamba2": Mamba2, "none": nn.Identity}
 #
 # §5 reads a sequence, but a picture has none: some order must be chosen. Reading row after row, as
 # a page, jumps from the end of each row to the start of the next. A zigzag turns round instead, so
-# that consecutive tokens are always neighbours. One path sees only what came before it; models
-# therefore use several: from each corner, along rows or along columns, eight in all.
+# that consecutive tokens are always neighbours. On one path a token hears only what came before
+# it; so each block takes another of eight: from each corner, along rows or along columns.
 #
 # order[i] is the raster index of the cell that is visited i-th: tokens[:, order] lays the cells
 # along the path. The other reading, "when is cell i visited", is its inverse. They are easily
@@ -752,10 +754,10 @@ class LiquidUNet(nn.Module):
 # ------------------------------------------------------------------------------------------------
 # §9  LiquidPatch and LiquidMamba: one token model, two kinds of block
 #
-# The picture is cut into patches, each patch becomes a token, blocks work on the tokens, and the
-# tokens become patches again. Between the halves one layer looks at the whole picture. Blocks in
-# the second half also get what a block in the first half made (long skips), so that fine detail
-# need not survive the middle. The scan takes the tokens as a sequence, the CfC as a grid.
+# The picture is cut into patches, each becomes a token, blocks work on the tokens, and the tokens
+# become patches again. Between the halves one layer looks at the whole picture. Blocks in the
+# second half also get what one in the first half made (long skips): detail can go round the middle.
+
 
 def to_tokens(x):
     """(B, C, H, W) -> (b, l, d) in raster order, l = H * W, d = C."""
@@ -824,7 +826,7 @@ class MambaBlock(nn.Module):
 class Overview(nn.Module):
     """One look at the whole picture: tokens (b, l, dim) in raster order -> the same shape.
 
-        x = x + write(mix(v)),   v = read(norm(x)), 8 numbers for each cell of an 8 x 8 grid
+        x = x + write(enlarge(mix(v))),   v = shrink(read(norm(x))), 8 numbers in 8 x 8 cells
 
     A scan passes on what it remembers, a convolution reaches its neighbours; in a small model
     neither brings the far ends of a shape together. mix is a two-layer network over all 8 * 64
@@ -841,7 +843,7 @@ class Overview(nn.Module):
         self.write = zeroed(nn.Linear(features, dim))
 
     def forward(self, x):
-        v = to_grid(self.read(self.norm(x)), *self.grid)                         # (B, 8, H/p, W/p)
+        v = to_grid(self.read(self.norm(x)), *self.grid)                         # (B, 8, H/P, W/P)
         v = F.adaptive_avg_pool2d(v, self.cells)                                 # (B, 8, 8, 8)
         v = self.mix(v.flatten(1)).view_as(v)
         return x + self.write(to_tokens(F.interpolate(v, self.grid)))            # (b, l, dim)
@@ -861,37 +863,37 @@ class LiquidPatch(nn.Module):
                  overview=128, **block_options):
         super().__init__()
         size = sides(image_size)
-        p = patch_size or max(self.least_patch, min(size) // self.most_cells)
-        if any(side % p for side in size):
+        P = patch_size or max(self.least_patch, min(size) // self.most_cells)
+        if any(side % P for side in size):
             raise ValueError(f"image size {image_size}: each side must be a multiple of the patch "
-                             f"size, {p} (squares of side {self.most_cells}, or a multiple, work)")
-        self.patch_size, self.grid = p, (size[0] // p, size[1] // p)
+                             f"size, {P} (squares of side {self.most_cells}, or a multiple, work)")
+        self.patch_size, self.grid = P, (size[0] // P, size[1] // P)
         orders = choose("scan", scan, SCANS)(*self.grid)
         make_mixer = choose("mixer", mixer, MIXERS)
 
         self.condition = Condition(cond_dim, num_classes)
-        self.embed = nn.Conv2d(in_channels, dim, p, stride=p)
+        self.embed = nn.Conv2d(in_channels, dim, P, stride=P)
         # Where a token is: one vector for its row, one for its column
         self.rows = nn.Parameter(0.02 * torch.randn(dim, self.grid[0], 1))
         self.columns = nn.Parameter(0.02 * torch.randn(dim, 1, self.grid[1]))
         self.stem = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
-        # In steps of 13 the blocks go through the eight zigzags as 0 5 2 7 4 1 6 3: the first four
-        # start from four corners, rows and columns in turn, and soon every cell hears every other.
+        # Each block reads along one path. In steps of 13 they go through the eight zigzags as
+        # 0 5 2 7 4 1 6 3: the first four start from four corners, rows and columns in turn.
         self.blocks = nn.ModuleList(
             self.block(dim, cond_dim, self.grid,
                        make_mixer(dim, d_state=d_state, expand=expand, headdim=headdim),
                        orders[13 * i % len(orders)], **block_options)
             for i in range(depth))
-        self.overview = Overview(dim, self.grid, overview)            # used before the middle block
+        self.overview = Overview(dim, self.grid, overview)            # used before block depth // 2
         self.skips = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(depth // 2))
         self.norm = AdaLN(dim, cond_dim)
         self.refine = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
-        self.head = zeroed(nn.Conv2d(dim, in_channels * p * p, 1))    # as in §8
+        self.head = zeroed(nn.Conv2d(dim, in_channels * P * P, 1))    # as in §8
 
     def forward(self, x, t, y=None):
         c = self.condition(t, y)                                      # (B, cond_dim)
-        x = self.embed(x) + self.rows + self.columns                  # (B, d, H/p, W/p)
-        x = to_tokens(x + self.stem(x))                               # (b, l, d), l = H/p * W/p
+        x = self.embed(x) + self.rows + self.columns                  # (B, d, H/P, W/P)
+        x = to_tokens(x + self.stem(x))                               # (b, l, d), l = H/P * W/P
         first_half = []                                               # what the skips will bring
         for i, block in enumerate(self.blocks):
             if i == len(self.blocks) // 2:
@@ -902,8 +904,8 @@ class LiquidPatch(nn.Module):
             x = block(x, c)
             if i < len(self.skips):
                 first_half.append(x)
-        x = to_grid(self.norm(x, c), *self.grid)                      # (B, d, H/p, W/p)
-        x = self.head(x + self.refine(x))                             # (B, C p p, H/p, W/p)
+        x = to_grid(self.norm(x, c), *self.grid)                      # (B, d, H/P, W/P)
+        x = self.head(x + self.refine(x))                             # (B, C P P, H/P, W/P)
         return F.pixel_shuffle(x, self.patch_size)                    # (B, C, H, W)
 
 
@@ -951,8 +953,7 @@ def create_model(arch, variant, image_size, in_channels=3, num_classes=0, **over
     """A model by name; model.config rebuilds it: create_model(**model.config).
 
     image_size: the side of x itself (of the latent, for latents), an int or (H, W). overrides:
-    any keyword of the model's class. ValueError, saying what is allowed, for an unknown arch,
-    variant or keyword, a value of the wrong kind, and a size that the variant cannot divide.
+    any keyword of the model's class or block. ValueError, saying what is allowed, for all else.
     """
     model_class = choose("arch", arch, ARCHS)
     options = {**choose(f"variant of {arch}", variant, VARIANTS[arch]), **overrides}
@@ -1080,7 +1081,7 @@ class VPDiffusion(Process):
         return (x_t - sigma * output) / alpha, output
 
     def times(self, steps):
-        """As above: every (T / steps)-th index, counted from the last, which is most like noise.
+        """The same, on the table: every (T / steps)-th index of T, counted from the noisy end.
 
         ValueError for more steps than indices.
         """
@@ -1104,7 +1105,7 @@ PROCESSES = {"flow": RectifiedFlow, "diffusion": VPDiffusion}
 # believes in, and costs nothing once training is over.
 #
 # They must not speak too loudly. x0_hat at high noise is rightly a blur, the mean of all pictures
-# that it could be. Asking it for the gradients or the mean of x0 then asks for a worse answer.
+# that it could be. Asking it for the sharp gradients of x0 then asks for a worse answer.
 # Every picture is therefore weighted by its signal, alpha(t)^2, and the terms are warmed up.
 
 def picture_mean(x):
@@ -1144,8 +1145,8 @@ def gradient_loss(p, q):
 def intensity_loss(p, q):
     """(mean p - mean q)^2 for each channel, averaged: two (B, C, H, W) -> (B,).
 
-    Rewards keeping the amount of light of each colour, the conserved quantity. Bias: at high noise
-    even the best x0_hat cannot know it, and is pushed to guess.
+    Rewards keeping the amount of light of each colour, the conserved quantity. Bias: none in the
+    best x0_hat, which has the mean light of all that it could be; this mean only weighs more.
     """
     return picture_mean((p.mean((2, 3)) - q.mean((2, 3))).square())
 
@@ -1301,7 +1302,7 @@ def ddim_sample(model, process, noise, steps, y=None, cfg_scale=1.0, callback=No
     x, path = noise, walk(process, steps)
     alpha, sigma = (v.tolist() for v in process.alpha_sigma(process.times(steps)))
     alpha, sigma = alpha + [1.0], sigma + [0.0]        # end at the picture, whatever t = 0 is
-    for i, t, s in path:
+    for i, t, _ in path:                               # s is time i + 1
         output = guided(model, x, everywhere(t, x), y, cfg_scale)
         x0_hat, noise_hat = process.split(x, everywhere(t, x), output)
         if clip is not None:
@@ -1367,7 +1368,9 @@ def write_whole(path, fill):
 
 def save_checkpoint(path, state):
     """Saves a state of tensors, numbers, strings, lists and dicts, whole or not at all."""
-    write_whole(path, lambda file: torch.save(state, file))
+    whole = io.BytesIO()    # torch.save tells of a full disk in riddles; a plain write does not
+    torch.save(state, whole)
+    write_whole(path, lambda file: file.write(whole.getbuffer()))
 
 
 def load_checkpoint(path):
@@ -1538,7 +1541,7 @@ CLAIMS = {
 
 
 def tour():
-    """Prints, section by section, shapes and measured errors; then the table of variants."""
+    """Prints shapes and measured errors in the order of the sections, then the variants."""
     torch.manual_seed(0)
 
     def gap(a, b):
@@ -1554,20 +1557,17 @@ def tour():
     print(f"§4  LTC by 4, 8, 16 Runge-Kutta steps against the closed form: {', '.join(errors)}")
     state = CfCCell(3, 5)(1e6 * torch.randn(4, 3), torch.randn(4, 5), t)
     print(f"    CfC cell, inputs around 1e6: |state| up to {state.abs().max():.3f}, never above 1")
-    gate, alpha = ParallelCfC(48, 64).gates(x, c)
-    print(f"    CfC on pictures: gate {tuple(gate.shape)}, alpha around {alpha.mean():.2f}")
-
+    print(f"    CfC on pictures: alpha around {ParallelCfC(48, 64).gates(x, c)[1].mean():.2f}")
     inputs = [torch.randn(2, 300, 4, 8), -torch.rand(2, 300, 4),              # x, log_decay
               torch.randn(2, 300, 2, 16), torch.randn(2, 300, 2, 16)]         # Bm, Cm
     inputs = [v.double() for v in inputs]
-    y, state = ssd_sequential(*inputs)
-    print(f"§5  x {tuple(inputs[0].shape)} -> y {tuple(y.shape)}, state {tuple(state.shape)}")
+    y, _ = ssd_sequential(*inputs)
+    print(f"§5  x {tuple(inputs[0].shape)} -> y {tuple(y.shape)}")
     for name, form in (("quadratic", ssd_quadratic), ("chunked", ssd_chunked)):
         print(f"    {name} form against the recurrence: {gap(form(*inputs)[0], y)}")
     u, mixer = torch.randn(2, 50, 32), Mamba2(32, headdim=16)
     moved = gap(mixer(torch.cat([u[:, :30], u[:, 30:] + 1], dim=1))[:, :30], mixer(u)[:, :30])
     print(f"§6  Mamba-2 {tuple(u.shape)}: a change at token 30 moves the tokens before by {moved}")
-
     model, pictures = create_model("patch", "nano", 32), torch.rand(64, 3, 32, 32) * 2 - 1
     first = [process().loss(model, pictures)[0].item() for process in PROCESSES.values()]
     print(f"§11 first losses of a new model: flow {first[0]:.3f} (1 + E[x0^2] = "

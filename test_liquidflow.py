@@ -14,10 +14,14 @@ import io
 import math
 import os
 import pickle
+import random
+import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -1350,6 +1354,159 @@ def test_training_lowers_the_loss(tmp_path):
                 "--log_every", "25"])
     losses = [float(row["loss"]) for row in rows(tmp_path / "run" / "log.csv")]
     assert losses[-1] < 0.8 * losses[0]    # measured 0.67
+
+
+def same_bits(a, b):
+    """Whether two states hold the same numbers, bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_bits(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same_bits, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+WEIGHTS = ["step", "model", "ema", "updates", "optimizer", "random"]
+
+
+def test_a_run_that_is_killed_and_resumed_ends_in_the_same_bits(tmp_path):
+    """KILLS=30 python -m pytest -k killed: as many kills, at random moments."""
+    options = [*SMALL, "--steps", "200", "--save_every", "5", "--log_every", "7"]
+    train.main([*options, "--out", str(tmp_path / "whole")])
+    run, moments = tmp_path / "run", random.Random(time.time_ns())
+    kills, done = int(os.environ.get("KILLS", 3)), False
+    command = [sys.executable, HERE / "train.py", *options, "--out", run, "--save_every"]
+    for kill in range(kills):
+        if done:    # a run that ended before it could be killed: one more, from the start
+            shutil.rmtree(run)
+        resume = ["--resume"] if (run / "ckpt.pt").exists() else ["--overwrite"]
+        saves = (run / "ckpt.pt").stat().st_mtime_ns if (run / "ckpt.pt").exists() else None
+        # the moments between two checkpoints are not saved, so that killing need not stop progress
+        process = subprocess.Popen([*map(str, command), str(moments.randint(3, 20)), *resume],
+                                   stdout=subprocess.DEVNULL)
+        while process.poll() is None and (not (run / "ckpt.pt").exists() or
+                                          (run / "ckpt.pt").stat().st_mtime_ns == saves):
+            time.sleep(0.01)
+        time.sleep(moments.random() * min(1, 6 / kills))
+        process.kill()
+        done = process.wait() == 0
+    if not done:
+        train.main([*options, "--out", str(run), "--resume"])
+    whole, found = (lf.load_checkpoint(tmp_path / name / "ckpt.pt") for name in ("whole", "run"))
+    assert found["step"] == 200 and [n for n in WEIGHTS if not same_bits(whole[n], found[n])] == []
+    assert [p.name for p in run.iterdir() if p.suffix == ".tmp"] == []
+    steps = [int(row["step"]) for row in rows(run / "log.csv")]
+    assert steps == sorted(set(steps)) and steps[-1] == 200
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(number, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = [*SMALL, "--log_every", "4", "--out", "run"]
+    ema, before = train.EMA.update, signal.getsignal(number)
+
+    def interrupted(self, model):
+        ema(self, model)
+        if self.updates == 6:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(train.EMA, "update", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        train.main([*options, "--steps", "12"])
+    assert caught.value.code == 128 + number and signal.getsignal(number) == before
+    error = capsys.readouterr().err
+    assert "step 6" in error and "--resume" in error
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert lf.load_checkpoint("run/ckpt.pt")["step"] == 6
+    train.main([*options, "--steps", "12", "--resume"])
+    assert [row["step"] for row in rows("run/log.csv")] == ["4", "6", "8", "12"]
+    train.main([*options, "--steps", "12", "--overwrite"])
+    whole = lf.load_checkpoint("run/ckpt.pt")
+    train.main([*options, "--steps", "12", "--overwrite", "--save_every", "5"])
+    assert all(same_bits(whole[n], lf.load_checkpoint("run/ckpt.pt")[n]) for n in WEIGHTS)
+
+
+def test_resume_refuses_what_would_be_another_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = [*SMALL, "--out", "run", "--resume"]
+    refused(train.main, [*options, "--steps", "4"], capsys, "run/ckpt.pt", "no such file")
+    assert not list(tmp_path.iterdir())
+    train.main([*options[:-1], "--steps", "2"])
+    before = Path("run/ckpt.pt").read_bytes()
+    refused(train.main, [*options, "--steps", "2"], capsys, "2 steps", "--steps")
+    refused(train.main, [*options, "--steps", "4", "--lr", "0.1", "--seed", "1"], capsys,
+            "--lr 0.005", "--seed 0")
+    refused(train.main, [*options, "--steps", "4", "--override", "depth=1"], capsys, "--override")
+    monkeypatch.setattr(train, "EPOCH_OF_SHAPES", 600)
+    refused(train.main, [*options, "--steps", "4"], capsys, "pictures")
+    assert Path("run/ckpt.pt").read_bytes() == before and len(rows("run/log.csv")) == 1
+
+
+@pytest.mark.parametrize("how", ["os.kill(os.getpid(), signal.SIGKILL)",
+                                 "raise OSError(errno.ENOSPC, 'No space left on device')"])
+def test_a_save_that_is_cut_short_leaves_the_earlier_checkpoint(how, tmp_path):
+    lf.save_checkpoint(tmp_path / "ckpt.pt", {"step": 1})
+    code = f"""
+import errno, os, signal, sys
+sys.path.insert(0, {str(HERE)!r})
+import liquidflow, torch
+class Disk:                              # takes 1,000 bytes, and then no more
+    def __init__(self, file): self.file, self.left = file, 1000
+    def write(self, data):
+        self.left -= len(data)
+        if self.left < 0: {how}
+        return self.file.write(data)
+    def __getattr__(self, name): return getattr(self.file, name)
+    def __enter__(self): return self
+    def __exit__(self, *exception): self.file.close()
+real = open
+liquidflow.open = lambda *a: Disk(real(*a))
+try: liquidflow.save_checkpoint("ckpt.pt", dict(step=2, model=torch.zeros(10000)))
+except OSError as error: print("one line:", error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert ("one line" in done.stdout) == (how[0] == "r"), done.stderr
+    assert lf.load_checkpoint(tmp_path / "ckpt.pt") == {"step": 1}
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted_or_end_the_run():
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([weight], lr=1)
+    precision, fine = train.Precision("bf16", CPU), torch.tensor(1.0)
+    weight.grad = torch.tensor([3.0, 0, 4])
+    precision.step(optimizer, [weight], 1, {})
+    assert_close(weight.detach(), torch.tensor([0.4, 1, 0.2]))    # clipped at 1
+    weight.grad = torch.tensor([math.nan, 0, 0])
+    with pytest.raises(ValueError, match="step 7: physics;"):
+        precision.step(optimizer, [weight], 7, {"loss": fine, "physics": fine * math.inf})
+    with pytest.raises(ValueError, match="step 8: gradient;"):
+        precision.step(optimizer, [weight], 8, {"loss": fine})
+    assert_close(weight.detach(), torch.tensor([0.4, 1, 0.2]))
+
+    precision = train.Precision("bf16", CPU)    # as fp16 does it on a GPU
+    precision.scaler = torch.amp.GradScaler("cpu")
+    weight.grad = None
+    for step in range(precision.in_a_row):
+        precision.scaler.scale(weight.sum() * (math.inf if step else 1)).backward()
+        precision.step(optimizer, [weight], step, {})
+        moved = weight.detach().clone() if step == 0 else moved
+        weight.grad = None
+    assert torch.equal(weight.detach(), moved) and precision.skipped == precision.in_a_row - 1
+    assert precision.scaler.get_scale() < 1
+    precision.scaler.scale(weight.sum() * math.inf).backward()
+    with pytest.raises(ValueError, match="step 99"):
+        precision.step(optimizer, [weight], 99, {})
+
+
+def test_training_in_bf16_stays_near_float32(tmp_path, capsys):
+    losses = {}
+    for amp in ("off", "bf16"):
+        train.main([*SMALL, "--steps", "40", "--log_every", "40", "--amp", amp,
+                    "--out", str(tmp_path / amp)])
+        losses[amp] = float(rows(tmp_path / amp / "log.csv")[0]["loss"])
+    assert losses["bf16"] != losses["off"]
+    assert abs(losses["bf16"] / losses["off"] - 1) < 0.02
+    refused(train.main, [*SMALL, "--amp", "fp16", "--out", tmp_path / "x"], capsys, "--amp fp16")
 
 
 def refused(main, arguments, capsys, *words):

@@ -15,6 +15,8 @@ import csv
 import http.client
 import inspect
 import math
+import os
+import signal
 import socket
 import sys
 import time
@@ -29,9 +31,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.utils import save_image
 
 from liquidflow import (ARCHS, EMA, PHYSICS, PROCESSES, SAMPLERS, VARIANTS, PhysicsLoss,
-                        create_model, save_checkpoint)
+                        create_model, load_checkpoint, save_checkpoint)
 
-CHECKPOINT_VERSION = 1      # raised whenever what a checkpoint holds changes its meaning
+CHECKPOINT_VERSION = 2      # raised whenever what a checkpoint holds changes its meaning
 HELD_OUT = 512              # pictures that are never trained on (half, of a set below 1,024)
 TEST_SEED = 0               # chooses them and their noise, so that runs of any --seed compare
 EPOCH_OF_SHAPES = 50_000    # pictures
@@ -44,7 +46,7 @@ SAMPLER_OPTIONS = {"ddim": dict(clip=1.0)}    # pictures lie in [-1, 1]
 # Training defaults. A high rate teaches a small model most per minute; larger models want a lower
 # one.
 DEFAULTS = {
-    "nano": dict(steps=4000, batch_size=32, lr=5e-3),
+    "nano": dict(steps=3600, batch_size=32, lr=5e-3),
     "tiny": dict(steps=20_000, batch_size=64, lr=1e-3),
     "small": dict(steps=50_000, batch_size=64, lr=5e-4),
     "base": dict(steps=100_000, batch_size=64, lr=2e-4),
@@ -243,14 +245,20 @@ def held_out_split(count, seed):
     return order[held_out:], order[:held_out]
 
 
-def shuffled(indices, batch_size, seed):
-    """Endless batches of indices, every epoch in a new order; no picture is left out."""
+def shuffled(indices, batch_size, seed, skip=0):
+    """Endless batches of indices, every epoch in a new order; no picture is left out.
+
+    skip: how many batches a run that is resumed has seen already.
+    """
     generator = torch.Generator().manual_seed(seed)
     queue = indices[:0]
     while True:
         while len(queue) < batch_size:
             queue = torch.cat([queue, indices[torch.randperm(len(indices), generator=generator)]])
-        yield queue[:batch_size]
+        if skip:
+            skip -= 1
+        else:
+            yield queue[:batch_size]
         queue = queue[batch_size:]
 
 
@@ -306,9 +314,9 @@ def duration(seconds):
 class Progress:
     """One line that is written over: what, how far, how fast, how long it will take."""
 
-    def __init__(self, what, total):
-        self.what, self.total, self.start, self.shown = what, total, time.time(), 0.0
-        self.live = sys.stdout.isatty()
+    def __init__(self, what, total, already=0):
+        self.what, self.total, self.already = what, total, already
+        self.start, self.shown, self.live = time.time(), 0.0, sys.stdout.isatty()
 
     def __call__(self, done, text=""):
         """Shows the state, at most every 0.2 seconds (every 10, where it is not a terminal)."""
@@ -316,7 +324,7 @@ class Progress:
         if now - self.shown < (0.2 if self.live else 10) and done < self.total:
             return
         self.shown = now
-        left = (now - self.start) / max(done, 1) * (self.total - done)
+        left = (now - self.start) / max(done - self.already, 1) * (self.total - done)
         line = f"{self.what} {done}/{self.total} {text} {duration(left)} left"
         print(f"\r\x1b[K{line}" if self.live else line, end="" if self.live else "\n", flush=True)
 
@@ -420,14 +428,25 @@ def held_out_loss(model, process, pictures, noise):
 
 
 class Log:
-    """log.csv: one row now and then, with the means of what was added since the last one."""
+    """log.csv: one row now and then, with the means of what was added since the last one.
 
-    def __init__(self, path, parts):
-        self.file = open(path, "w", newline="")
-        quarters = [f"loss_t{i}" for i in range(4)]
-        self.rows = csv.DictWriter(
-            self.file, ["step", "loss", *quarters, "held_out", *parts, "lr", "images_per_s"])
-        self.rows.writeheader()
+    since: the step from which a run is resumed; the rows up to it are kept, later ones dropped.
+    """
+
+    def __init__(self, path, parts, since=0):
+        names = ["step", "loss", *(f"loss_t{i}" for i in range(4)), "held_out", *parts, "lr",
+                 "images_per_s"]
+        kept = []
+        if since:
+            with open(path, newline="") as file:
+                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= since]
+        with open(f"{path}.tmp", "w", newline="") as file:
+            rows = csv.DictWriter(file, names)
+            rows.writeheader()
+            rows.writerows(kept)
+        os.replace(f"{path}.tmp", path)
+        self.file = open(path, "a", newline="")
+        self.rows = csv.DictWriter(self.file, names)
         self.reset()
 
     def reset(self):
@@ -460,19 +479,129 @@ class Log:
         self.reset()
 
 
-def check_finite(loss, step):
-    """ValueError for a loss that is no number any more: before such weights replace good ones."""
-    if not math.isfinite(loss):
-        raise ValueError(f"the loss is no longer finite at step {step}; a lower --lr may help")
+class Precision:
+    """--amp: which matrix products run in half precision, and what keeps that from going wrong.
+
+    bf16 has float32's range, and needs nothing more. fp16 has not: small gradients would become 0,
+    so the loss is scaled up first; where that makes something overflow, the step is skipped and
+    the next scale is smaller. "auto" is bf16 where the hardware has it (is_bf16_supported also
+    counts emulation, as on a T4, unless told not to), fp16 on other GPUs, and off elsewhere.
+    """
+
+    in_a_row = 20    # skipped steps after which it is no longer the search for a scale
+
+    def __init__(self, name, device):
+        if name == "auto":
+            name = "off" if device.type != "cuda" else (
+                "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16")
+        if name == "fp16" and device.type == "cpu":
+            raise ValueError("--amp fp16 needs a GPU; on a CPU, bf16 and off work")
+        self.name, self.device = name, device
+        self.dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
+        self.skipped, self.row = 0, 0
+
+    def autocast(self):
+        """The context in which the network and its loss run."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+
+    def step(self, optimizer, parameters, step, losses):
+        """Clips the gradients at 1 and moves the weights, unless something is not finite.
+
+        ValueError after too many steps in a row that had to be skipped; one, without a scaler.
+        losses: name -> scalar tensor, to say which part it was.
+        """
+        self.scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        finite = math.isfinite(norm)
+        self.row = 0 if finite else self.row + 1
+        if not finite:
+            self.skipped += 1
+            if self.row >= (self.in_a_row if self.scaler.is_enabled() else 1):
+                wrong = [name for name, loss in losses.items() if not math.isfinite(loss)]
+                raise ValueError(f"not finite at step {step}: {' and '.join(wrong or ['gradient'])}"
+                                 "; a lower --lr may help. The last checkpoint is still there")
+        self.scaler.step(optimizer)
+        self.scaler.update()
 
 
-def train(args, model, data, out, device):
-    """The loop: batch, loss, step, average; now and then a line, a row of log.csv, a checkpoint."""
+class Stop:
+    """While it is open, SIGINT and SIGTERM are a wish that the loop grants after a step: .signal."""
+
+    def __enter__(self):
+        self.signal = None
+        self.before = {number: signal.signal(number, self.ask)
+                       for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def ask(self, number, frame):
+        """The handler; a second SIGINT ends the program at once."""
+        if self.signal == signal.SIGINT == number:
+            raise KeyboardInterrupt
+        self.signal = number
+
+
+def random_state(device, state=None):
+    """The states of the random generators, or, given such states, puts them back."""
+    backend = {"cuda": torch.cuda, "mps": torch.mps}.get(device.type)
+    if state is not None:
+        torch.set_rng_state(state["cpu"])
+        if backend and device.type in state:
+            backend.set_rng_state(state[device.type])
+    states = {"cpu": torch.get_rng_state()}
+    return {**states, device.type: backend.get_rng_state()} if backend else states
+
+
+# What a resumed run may change: nothing that the weights depend on, except how long it goes on
+MAY_CHANGE = {"steps", "epochs", "log_every", "sample_every", "save_every", "device", "out",
+              "resume", "overwrite", "data_dir"}
+
+
+def load_run(args, count):
+    """The checkpoint in --out, if the run that made it can go on with these arguments.
+
+    ValueError that names the flags that differ, or if the data set has another size.
+    """
+    path = Path(args.out) / "ckpt.pt"
+    state = load_checkpoint(path)
+    if not isinstance(state, dict) or state.get("version") != CHECKPOINT_VERSION:
+        raise ValueError(f"{path}: not a checkpoint of this version of train.py")
+    differ = [f"--{name} {state['args'].get(name)}" for name, value in vars(args).items()
+              if name not in MAY_CHANGE and state["args"].get(name) != value]
+    if differ:
+        raise ValueError(f"{path} was started with {', '.join(differ)}: resume it so")
+    if state["pictures"] != count:
+        raise ValueError(f"{path} was started with {state['pictures']} pictures, not {count}")
+    if state["step"] >= args.steps:
+        raise ValueError(f"{path} has had its {state['step']} steps; to go on, give more --steps")
+    return state
+
+
+def train(args, model, data, out, device, stop, state=None):
+    """The loop: batch, loss, step, average; now and then a line, a row of log.csv, a checkpoint.
+
+    state: the checkpoint that a resumed run starts from; it then goes through the same numbers as
+    a run that was never stopped.
+    """
     process = PROCESSES[args.process]()
     training, held_out = held_out_split(len(data), TEST_SEED)
-    batches = shuffled(training, args.batch_size, args.seed)
     optimizer = make_optimizer(model, args.lr, args.weight_decay, device)
     ema, physics = EMA(model, args.ema), PhysicsLoss(args.physics)
+    precision, first = Precision(args.amp, device), 0
+    if state:
+        model.load_state_dict(state["model"])
+        ema.model.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        precision.scaler.load_state_dict(state["scaler"])
+        ema.updates, first = state["updates"], state["step"]
+        random_state(device, state["random"])
+        for leftover in out.glob("ckpt.pt.*.tmp"):    # of a save that was killed
+            leftover.unlink()
+    batches = shuffled(training, args.batch_size, args.seed, skip=first)
 
     fixed = torch.Generator().manual_seed(TEST_SEED)    # for noise that never changes
     shape = 3, args.image_size, args.image_size
@@ -480,21 +609,25 @@ def train(args, model, data, out, device):
     sample_noise = torch.randn(36, *shape, generator=fixed).to(device)
 
     def save(step):
-        """Writes ckpt.pt and a grid of pictures; returns the held-out loss."""
-        loss = held_out_loss(ema.model, process, lambda part: data[held_out[part]], test_noise)
-        check_finite(loss, step)
+        """Writes ckpt.pt: all that the run needs to go on, and what sample.py needs."""
         save_checkpoint(out / "ckpt.pt", dict(
             version=CHECKPOINT_VERSION, config=model.config, process=args.process, step=step,
-            classes=data.classes, args=vars(args), ema=ema.model.state_dict()))
+            classes=data.classes, args=vars(args), pictures=len(data), ema=ema.model.state_dict(),
+            updates=ema.updates, model=model.state_dict(), optimizer=optimizer.state_dict(),
+            scaler=precision.scaler.state_dict(), random=random_state(device)))
+
+    def show(step):
+        """Draws a grid of pictures from the averaged weights; returns their held-out loss."""
         name = SAMPLER_OF[process.predicts]
         options = SAMPLER_OPTIONS.get(name, {})
         pictures = SAMPLERS[name](ema.model, process, sample_noise, 50, **options)
         save_image(pictures, out / "samples" / f"step_{step:06d}.png", nrow=6, normalize=True,
                    value_range=(-1, 1))
-        return loss
+        return held_out_loss(ema.model, process, lambda part: data[held_out[part]], test_noise)
 
-    log, progress, shown = Log(out / "log.csv", physics.weights), Progress("step", args.steps), ""
-    for step in range(args.steps):
+    log = Log(out / "log.csv", physics.weights, first)
+    progress, shown = Progress("step", args.steps, first), ""
+    for step in range(first, args.steps):
         lr = learning_rate(step, args.steps, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -503,38 +636,60 @@ def train(args, model, data, out, device):
         flip = torch.rand(len(x0), 1, 1, 1, device=device) < 0.5
         x0 = torch.where(flip, x0.flip(3), x0)
         t = draw_times(process, len(x0), device)                              # (B,)
-        errors, x0_hat, _ = process.loss(model, x0, t=t, reduction="none")    # errors (B,)
+        with precision.autocast():
+            errors, x0_hat, _ = process.loss(model, x0, t=t, reduction="none")    # errors (B,)
         penalty, parts = physics(x0_hat, x0, process.alpha_sigma(t)[0], step)
 
         optimizer.zero_grad()
-        (errors.mean() + penalty).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        loss = errors.mean()
+        precision.scaler.scale(loss + penalty).backward()
+        precision.step(optimizer, model.parameters(), step + 1, {"loss": loss, "physics": penalty})
         ema.update(model)
         log.add(errors, t, parts)
 
         done = step + 1
         if done == 1:
             flow = process.predicts == "velocity"
-            print(f"first loss {errors.mean().item():.3f}; a new model answers 0, which costs "
+            print(f"first loss {loss.item():.3f}; a new model answers 0, which costs "
                   + (f"1 + E[x^2] = {1 + x0.square().mean().item():.3f}" if flow else "1"))
-        if done == min(3, args.log_every):
-            hours = args.steps * args.batch_size / log.means()["images_per_s"] / 3600
+        if done == first + min(3, args.log_every):
+            hours = (args.steps - first) * args.batch_size / log.means()["images_per_s"] / 3600
             nano = args.variant == "nano"
             quicker = f"--steps {args.steps / hours:.0f}" if nano else "--variant nano"
             if hours > 1:
                 progress.note(f"this will take about {hours:.1f} h here; {quicker} is quicker")
-        saving = done % args.sample_every == 0 or done == args.steps
+        last = done == args.steps
+        showing = done % args.sample_every == 0 or last
+        saving = done % args.save_every == 0 or showing or stop.signal
         if saving or done % args.log_every == 0:
             row = dict(log.means(), step=done, lr=lr)
-            check_finite(row["loss"], done)
             shown = f"loss {row['loss']:.3f}, {row['images_per_s']:.0f} images/s,"
-            if saving:
-                row["held_out"] = save(done)
+            if showing:
+                row["held_out"] = show(done)
                 progress.note(f"step {done}: held-out loss {row['held_out']:.4f}")
             log.write(**row)
+            if saving:    # after the row: a resumed run starts with an empty one
+                save(done)
         progress(done, shown)
+        if stop.signal and not last:
+            progress.close()
+            print(f"stopped at step {done} and saved; to go on, give the same command again with "
+                  "--resume", file=sys.stderr)
+            sys.exit(128 + stop.signal)
     progress.close()
+    if precision.skipped:
+        print(f"{precision.skipped} steps were skipped, as their gradients overflowed in fp16")
+
+
+def peak_memory(device):
+    """The most memory that was in use so far, as text: on the GPU, or else of the process."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
+    if sys.platform == "win32":    # which has no such count in the standard library
+        return "an unknown amount"
+    import resource
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss    # bytes on a Mac, else KiB
+    return f"{peak / (2**30 if sys.platform == 'darwin' else 2**20):.2f} GiB"
 
 
 def parse_arguments(argv=None):
@@ -560,10 +715,15 @@ def parse_arguments(argv=None):
         help="an option of the model, as create_model takes it; may be repeated")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="same seed: same run")
     add("--out", help="folder of the run; runs/<arch>-<variant>-<dataset> if not given")
-    add("--overwrite", action="store_true", help="replace the run that is in that folder")
+    old = parser.add_mutually_exclusive_group()
+    old.add_argument("--resume", action="store_true", help="go on with the run in that folder")
+    old.add_argument("--overwrite", action="store_true", help="replace the run in that folder")
+    add("--amp", choices=["auto", "off", "fp16", "bf16"], default="auto",
+        help="half precision; auto: what the hardware is good at")
     add("--device", default="auto", help="cpu, cuda, mps, or the fastest there is")
     add("--log_every", type=number(int, 1), default=50, help="steps between rows of log.csv")
-    add("--sample_every", type=number(int, 1), default=1000, help="steps between checkpoints")
+    add("--sample_every", type=number(int, 1), default=1000, help="steps between sample pictures")
+    add("--save_every", type=number(int, 1), default=500, help="steps between checkpoints")
     args = parser.parse_args(argv)
     if args.variant not in VARIANTS[args.arch]:
         parser.error(f"--variant {args.variant}: {args.arch} comes as "
@@ -586,17 +746,19 @@ def run(args):
     model = create_model(args.arch, args.variant, args.image_size, **dict(args.override)).to(device)
     out = Path(args.out)
     old = [path for name in ("ckpt.pt", "log.csv", "samples/step_*.png") for path in out.glob(name)]
-    if old and not args.overwrite:
-        raise ValueError(f"{out} already holds a run: choose another --out, or give --overwrite")
+    if old and not args.overwrite and not args.resume:
+        raise ValueError(f"{out} already holds a run: --resume goes on with it, --overwrite replaces "
+                         "it, another --out leaves it alone")
     data = DATASETS[args.dataset](args, device)
     if len(data) < 2:
         raise ValueError("one picture is too few: one is held out, and none is left to train on")
-    (out / "samples").mkdir(parents=True, exist_ok=True)
-    for path in old:
-        path.unlink()
     training = len(held_out_split(len(data), TEST_SEED)[0])
     if args.epochs:
         args.steps = -(-args.epochs * training // args.batch_size)                # rounded up
+    state = load_run(args, len(data)) if args.resume else None
+    (out / "samples").mkdir(parents=True, exist_ok=True)
+    for path in [] if args.resume else old:
+        path.unlink()
 
     cells = getattr(model, "grid", None)
     print(f"{args.arch} {args.variant}: {sum(p.numel() for p in model.parameters()):,} parameters; "
@@ -604,9 +766,13 @@ def run(args):
           f"{f' as {cells[0] * cells[1]} tokens' if cells else ''}, {len(data) - training} held "
           f"out; {args.steps} steps of {args.batch_size} on {device}")
     start = time.time()
-    train(args, model, data, out, device)
-    print(f"trained in {duration(time.time() - start)}: {out / 'ckpt.pt'}; "
-          f"next: python sample.py --ckpt {out / 'ckpt.pt'}")
+    with Stop() as stop:
+        train(args, model, data, out, device, stop, state)
+    seconds, steps = time.time() - start, args.steps - (state["step"] if state else 0)
+    print(f"trained in {duration(seconds)}, tests and samples included: "
+          f"{steps * args.batch_size / seconds:.0f} images/s, {1000 * seconds / steps:.0f} s for "
+          f"1,000 steps, at most {peak_memory(device)} of memory\n"
+          f"{out / 'ckpt.pt'}; next: python sample.py --ckpt {out / 'ckpt.pt'}")
 
 
 def main(argv=None):
