@@ -24,7 +24,7 @@ Conventions
                   (B,) or None.
     precision     parameters are float32, and autocast may run matrix products in half precision;
                   what is cumulated or exponentiated (decays, carried states, norms, the time
-                  embedding, losses) stays in float32. A float64 model stays float64 throughout.
+                  embedding, losses) is computed in float32. A float64 model stays float64.
 
 Two alphabets, so that a size has one letter (inside a formula, letters are those of its paper)
     picture (B, C, H, W)     batch, channels, height, width (and P, the side of a patch)
@@ -40,7 +40,7 @@ Three times, never confused
     t     flow time: how noisy the picture is. Made in §11 and §13, enters the models by §2.
     dt    step of the state-space model: how far a token moves the state. Lives in §6.
     ts    liquid time: how long a CfC has been relaxing. Lives in §4.
-(tau is not a time that passes: it is the time constant in the equation that opens §4.)
+(tau is the time constant of §4's equation. The papers' t for other times: §4's ts, §5's tokens.)
 
 Five places to extend, each a dictionary from which the command line and the tests take their
 choices: MIXERS (§6), SCANS (§7), PROCESSES (§11), PHYSICS (§12), SAMPLERS (§13).
@@ -230,7 +230,7 @@ def ltc_closed_form(x0, f, A, tau, t):
     return x_inf + (x0 - x_inf) * torch.exp(-rate * t)
 
 
-# Step 3: the learned gate. Inputs that change leave an integral over exp(-f) that nobody can solve.
+# Step 3: the learned gate. Inputs that change leave an integral that nobody can solve.
 # The closed-form continuous-time cell (CfC) keeps the shape of the solution above, a start that
 # hands over to an end as time passes, and learns the parts: the start g, the end h, the speed f of
 # the change, and its offset b. A sigmoid takes the place of the exponential:
@@ -383,8 +383,8 @@ def ssd_sequential(x, log_decay, Bm, Cm, initial_state=None):
 def segment_sum(a):
     """(..., l) -> (..., l, l): entry [t, s] = a_{s+1} + ... + a_t for s <= t, -inf for s > t.
 
-    The natural way, cumsum(a)[t] - cumsum(a)[s], loses digits: after one burst of -60 the sums are
-    large, and their difference errs by 1e-3 in float32. Here each column is summed on its own,
+    The natural way, cumsum(a)[t] - cumsum(a)[s], loses digits: after a hundred decays of -60 they
+    are large, and their difference errs by 1e-3 in float32. Here each column is summed on its own,
     from zero. The -inf is put in before any exp: exp first and mask later gives inf * 0 = nan.
     """
     l = a.shape[-1]
@@ -625,7 +625,7 @@ class Scan(nn.Module):
 # blocks put three residual parts:
 #
 #     x = x + gain * CfC(AdaLN(x, c), c)      the liquid part of §4
-#     x = x + SpatialMix(AdaLN(x, c))         a 5x5 neighbourhood, and the mean of the whole picture
+#     x = x + SpatialMix(AdaLN(x, c))         a neighbourhood, and the mean of the whole picture
 #     x = x + FeedForward(AdaLN(x, c))        channels among themselves
 
 class Condition(nn.Module):

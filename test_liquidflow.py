@@ -1464,7 +1464,8 @@ liquidflow.open = lambda *a: Disk(real(*a))
 try: liquidflow.save_checkpoint("ckpt.pt", dict(step=2, model=torch.zeros(10000)))
 except OSError as error: print("one line:", error)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
+                          text=True)
     assert ("one line" in done.stdout) == (how[0] == "r"), done.stderr
     assert lf.load_checkpoint(tmp_path / "ckpt.pt") == {"step": 1}
 
@@ -1496,6 +1497,39 @@ def test_steps_that_are_not_finite_are_skipped_and_counted_or_end_the_run():
     precision.scaler.scale(weight.sum() * math.inf).backward()
     with pytest.raises(ValueError, match="step 99"):
         precision.step(optimizer, [weight], 99, {})
+
+
+def test_names_of_other_command_lines_and_pictures_that_are_blown_up(
+        tmp_path, monkeypatch, capsys):
+    args = train.parse_arguments(["--model_size", "small", "--img_size", "128", "--epochs", "3"])
+    assert (args.variant, args.image_size, args.epochs) == ("small", 128, 3)
+    pictures = train.Shapes(20, 72, 0, CPU)
+    monkeypatch.setitem(train.DATASETS, "cifar10", lambda args, device: pictures)
+    for size, warned in ((72, True), (64, False)):
+        pictures.size = size
+        train.main([*SMALL[:2], *SMALL[4:], "--image_size", str(size), "--dataset", "cifar10",
+                    "--steps", "1", "--overwrite", "--out", str(tmp_path / "run")])
+        assert ("blown up" in capsys.readouterr().err) == warned
+
+
+def test_two_processes_and_parts_of_a_batch_are_one_process(tmp_path):
+    options = [*SMALL, "--steps", "6", "--log_every", "1", "--lr", "1e-3"]
+    train.main([*options, "--out", str(tmp_path / "one")])
+    train.main([*options, "--grad_accum", "4", "--out", str(tmp_path / "parts")])
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc_per_node=2", HERE / "train.py", *options, "--grad_accum", "2",
+                           "--out", "two"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("parameters") == 1 and "and 1 more" in done.stdout
+    for name in ("parts", "two"):
+        for one, other in zip(rows(tmp_path / "one" / "log.csv"),
+                              rows(tmp_path / name / "log.csv"), strict=True):
+            for column in one.keys() - {"images_per_s"}:
+                if one[column]:
+                    assert float(other[column]) == pytest.approx(float(one[column]), rel=1e-3)
+        weights = [lf.load_checkpoint(tmp_path / run / "ckpt.pt")["model"] for run in ("one", name)]
+        for key, value in weights[0].items():    # AdamW makes a sign of gradients near 0
+            assert (value - weights[1][key]).abs().max() < 2e-3, key
 
 
 def test_training_in_bf16_stays_near_float32(tmp_path, capsys):
@@ -1530,7 +1564,7 @@ def refused(main, arguments, capsys, *words):
     (["--override", "dim"], ["key=value"]), (["--override", "wings=2"], ["wings", "dim"]),
     (["--override", "dim=wide"], ["dim"]), (["--override", "arch=unet"], ["option"]),
     (["--lr", "inf"], ["--lr"]), (["--process", "magic"], ["flow"]),
-    (["--image_size", "33"], ["33", "multiple"]),
+    (["--image_size", "33"], ["33", "multiple"]), (["--grad_accum", "5"], ["--grad_accum"]),
     (["--device", "warp"], ["warp"]), (["--dataset", "folder"], ["--data_dir"]),
     (["--dataset", "folder", "--data_dir", "nowhere"], ["nowhere"]), (["--what"], ["--what"])])
 def test_train_refuses_in_one_line_and_leaves_nothing(

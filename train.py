@@ -4,6 +4,7 @@
     python train.py --variant tiny                            shapes, on a GPU such as Colab's T4
     python train.py --dataset cifar10                         CIFAR-10, downloaded
     python train.py --dataset folder --data_dir my/pictures   your own
+    torchrun --nproc_per_node=8 train.py                      eight GPUs
 
 Then `python sample.py`. A run lives in runs/<arch>-<variant>-<dataset>/: ckpt.pt, log.csv and
 samples/. Read this file from the bottom: main() sets up, train() is the loop.
@@ -11,6 +12,7 @@ samples/. Read this file from the bottom: main() sets up, train() is the loop.
 
 import argparse
 import ast
+import contextlib
 import csv
 import http.client
 import inspect
@@ -21,13 +23,16 @@ import socket
 import sys
 import time
 from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import save_image
 
 from liquidflow import (ARCHS, EMA, PHYSICS, PROCESSES, SAMPLERS, VARIANTS, PhysicsLoss,
@@ -35,7 +40,7 @@ from liquidflow import (ARCHS, EMA, PHYSICS, PROCESSES, SAMPLERS, VARIANTS, Phys
 
 CHECKPOINT_VERSION = 2      # raised whenever what a checkpoint holds changes its meaning
 HELD_OUT = 512              # pictures that are never trained on (half, of a set below 1,024)
-TEST_SEED = 0               # chooses them and their noise, so that runs of any --seed compare
+TEST_SEED = 0               # chooses them and their noise: runs on the same pictures compare
 EPOCH_OF_SHAPES = 50_000    # pictures
 
 # What each model was designed for, and the sampler for what a process's network predicts
@@ -266,6 +271,11 @@ def shuffled(indices, batch_size, seed, skip=0):
 # The console
 # ------------------------------------------------------------------------------------------------
 
+# Which of how many processes this is, and which on its machine; torchrun says so
+RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in
+                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+
+
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the default of every option that has one."""
 
@@ -285,7 +295,8 @@ class Parser(argparse.ArgumentParser):
 
 def fail(message):
     """Ends the program with one line on stderr and exit code 2."""
-    print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
+    who = Path(sys.argv[0]).name + (f" (process {RANK})" if WORLD > 1 else "")
+    print(f"{who}: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -344,11 +355,49 @@ def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else (
             "mps" if torch.backends.mps.is_available() else "cpu")
+    if name == "cuda" and WORLD > 1:
+        name = f"cuda:{LOCAL_RANK}"
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)    # whose memory and random state are asked for later
+    return device
+
+
+# ------------------------------------------------------------------------------------------------
+# Several processes. torchrun starts this script once for each GPU and numbers them in the
+# environment; each works on its part of every batch. Everything random is drawn by all of them
+# for the whole batch, from the same seed, so that their number changes nothing but the speed.
+# ------------------------------------------------------------------------------------------------
+
+def join_group(device):
+    """Meets the other processes, if there are any; only the first one goes on speaking."""
+    if WORLD > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(hours=2))    # to read a folder, or to draw
+        if RANK:
+            sys.stdout = open(os.devnull, "w")
+
+
+def summed(values, device):
+    """A list of numbers, each summed over all processes."""
+    total = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device) for v in values])
+    if WORLD > 1:
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+def first_come_first(make):
+    """make(), in the first process of a machine before its others: what it downloads, they find."""
+    if LOCAL_RANK:
+        dist.barrier()
+    made = make()
+    if WORLD > 1 and not LOCAL_RANK:
+        dist.barrier()
+    return made
 
 
 # ------------------------------------------------------------------------------------------------
@@ -400,26 +449,29 @@ def draw_times(process, count, device):
     return torch.rand(count, device=device)
 
 
+FUSED = ("cpu", "cuda")    # where torch has an AdamW in one piece
+
+
 def make_optimizer(model, lr, weight_decay, device):
     """AdamW; weight decay for matrices only, not for biases, gains, decay rates and step sizes."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
+    matrices = [p for p in model.parameters() if p.squeeze().dim() >= 2]
+    others = [p for p in model.parameters() if p.squeeze().dim() < 2]
     groups = [dict(params=matrices, weight_decay=weight_decay),
               dict(params=others, weight_decay=0.0)]
     # 0.99 rather than 0.999: a run of a few thousand steps cannot wait for a mean over 1,000
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=device.type in ("cpu", "cuda"))
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=device.type in FUSED)
 
 
 @torch.no_grad()
-def held_out_loss(model, process, pictures, noise):
+def held_out_loss(model, process, pictures, noise, batch=128):
     """The loss on held-out pictures with fixed noise: the mean over t = 1/16, 3/16 ... 15/16.
 
     pictures: a function from a slice to (B, 3, H, W). Comparable between runs and steps, as
     nothing in it is drawn anew.
     """
     total = 0.0
-    for start in range(0, len(noise), 128):
-        part = slice(start, start + 128)
+    for start in range(0, len(noise), batch):
+        part = slice(start, start + batch)
         x0 = pictures(part)
         for i in range(8):
             t = torch.full((len(x0),), (2 * i + 1) / 16, device=x0.device)
@@ -431,9 +483,14 @@ class Log:
     """log.csv: one row now and then, with the means of what was added since the last one.
 
     since: the step from which a run is resumed; the rows up to it are kept, later ones dropped.
+    All processes add and ask for means; only the first one has a file.
     """
 
-    def __init__(self, path, parts, since=0):
+    def __init__(self, path, parts, device, since=0):
+        self.device = device
+        self.reset()
+        if RANK:
+            return
         names = ["step", "loss", *(f"loss_t{i}" for i in range(4)), "held_out", *parts, "lr",
                  "images_per_s"]
         kept = []
@@ -447,7 +504,6 @@ class Log:
         os.replace(f"{path}.tmp", path)
         self.file = open(path, "a", newline="")
         self.rows = csv.DictWriter(self.file, names)
-        self.reset()
 
     def reset(self):
         """Starts a new row."""
@@ -467,16 +523,18 @@ class Log:
 
     def means(self):
         """What was added since the last row, averaged, and the speed so far."""
-        means = {name: float(total / self.counts[name]) for name, total in self.sums.items()
-                 if self.counts[name] > 0}                       # no t in a quarter: no loss there
-        return {**means, "images_per_s": self.images / (time.time() - self.start)}
+        sums, counts = (summed(v.values(), self.device) for v in (self.sums, self.counts))
+        means = {name: total / count for name, total, count in zip(self.sums, sums, counts)
+                 if count > 0}                                   # no t in a quarter: no loss there
+        return {**means, "images_per_s": WORLD * self.images / (time.time() - self.start)}
 
     def write(self, **row):
         """Writes the row, and starts a new one."""
-        self.rows.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
-                            for name, value in row.items()})
-        self.file.flush()
         self.reset()
+        if not RANK:
+            self.rows.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
+                                for name, value in row.items()})
+            self.file.flush()
 
 
 class Precision:
@@ -526,7 +584,7 @@ class Precision:
 
 
 class Stop:
-    """While it is open, SIGINT and SIGTERM are a wish that the loop grants after a step: .signal."""
+    """While it is open, SIGINT and SIGTERM are a wish, .signal, that the loop grants."""
 
     def __enter__(self):
         self.signal = None
@@ -557,8 +615,8 @@ def random_state(device, state=None):
 
 
 # What a resumed run may change: nothing that the weights depend on, except how long it goes on
-MAY_CHANGE = {"steps", "epochs", "log_every", "sample_every", "save_every", "device", "out",
-              "resume", "overwrite", "data_dir"}
+MAY_CHANGE = {"steps", "epochs", "grad_accum", "log_every", "sample_every", "save_every", "device",
+              "data_dir", "out", "resume", "overwrite"}
 
 
 def load_run(args, count):
@@ -596,12 +654,19 @@ def train(args, model, data, out, device, stop, state=None):
         model.load_state_dict(state["model"])
         ema.model.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
-        precision.scaler.load_state_dict(state["scaler"])
+        for group in optimizer.param_groups:    # another device may have another AdamW
+            group["fused"] = device.type in FUSED
+        if state["scaler"]:                     # empty where nothing was scaled
+            precision.scaler.load_state_dict(state["scaler"])
         ema.updates, first = state["updates"], state["step"]
         random_state(device, state["random"])
+    if state and not RANK:
         for leftover in out.glob("ckpt.pt.*.tmp"):    # of a save that was killed
             leftover.unlink()
     batches = shuffled(training, args.batch_size, args.seed, skip=first)
+    # Every process takes grad_accum parts of a batch, one after the other
+    mine = torch.arange(args.batch_size).chunk(WORLD * args.grad_accum)[RANK::WORLD]
+    network = DistributedDataParallel(model) if WORLD > 1 else model
 
     fixed = torch.Generator().manual_seed(TEST_SEED)    # for noise that never changes
     shape = 3, args.image_size, args.image_size
@@ -623,34 +688,40 @@ def train(args, model, data, out, device, stop, state=None):
         pictures = SAMPLERS[name](ema.model, process, sample_noise, 50, **options)
         save_image(pictures, out / "samples" / f"step_{step:06d}.png", nrow=6, normalize=True,
                    value_range=(-1, 1))
-        return held_out_loss(ema.model, process, lambda part: data[held_out[part]], test_noise)
+        return held_out_loss(ema.model, process, lambda part: data[held_out[part]], test_noise,
+                             min(128, max(32, len(mine[0]))))
 
-    log = Log(out / "log.csv", physics.weights, first)
+    log = Log(out / "log.csv", physics.weights, device, first)
     progress, shown = Progress("step", args.steps, first), ""
     for step in range(first, args.steps):
         lr = learning_rate(step, args.steps, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        x0 = data[next(batches)]                                              # (B, 3, H, W)
-        flip = torch.rand(len(x0), 1, 1, 1, device=device) < 0.5
-        x0 = torch.where(flip, x0.flip(3), x0)
-        t = draw_times(process, len(x0), device)                              # (B,)
-        with precision.autocast():
-            errors, x0_hat, _ = process.loss(model, x0, t=t, reduction="none")    # errors (B,)
-        penalty, parts = physics(x0_hat, x0, process.alpha_sigma(t)[0], step)
-
+        indices = next(batches)
+        flip = torch.rand(len(indices), 1, 1, 1, device=device) < 0.5
+        all_t = draw_times(process, len(indices), device)                     # (batch,)
+        all_noise = torch.randn(len(indices), *shape, device=device)          # (batch, 3, H, W)
         optimizer.zero_grad()
-        loss = errors.mean()
-        precision.scaler.scale(loss + penalty).backward()
+        for part in mine:
+            x0, t = data[indices[part]], all_t[part]                          # (B, 3, H, W), (B,)
+            x0 = torch.where(flip[part], x0.flip(3), x0)
+            waiting = WORLD > 1 and part is not mine[-1]    # gradients are exchanged once a step
+            with network.no_sync() if waiting else contextlib.nullcontext():
+                with precision.autocast():
+                    errors, x0_hat, _ = process.loss(
+                        network, x0, t=t, noise=all_noise[part], reduction="none")    # (B,)
+                loss = errors.mean()
+                penalty, parts = physics(x0_hat, x0, process.alpha_sigma(t)[0], step)
+                precision.scaler.scale((loss + penalty) / len(mine)).backward()
+            log.add(errors, t, parts)
         precision.step(optimizer, model.parameters(), step + 1, {"loss": loss, "physics": penalty})
         ema.update(model)
-        log.add(errors, t, parts)
 
         done = step + 1
         if done == 1:
             flow = process.predicts == "velocity"
-            print(f"first loss {loss.item():.3f}; a new model answers 0, which costs "
+            print(f"first loss {log.means()['loss']:.3f}; a new model answers 0, which costs "
                   + (f"1 + E[x^2] = {1 + x0.square().mean().item():.3f}" if flow else "1"))
         if done == first + min(3, args.log_every):
             hours = (args.steps - first) * args.batch_size / log.means()["images_per_s"] / 3600
@@ -659,23 +730,25 @@ def train(args, model, data, out, device, stop, state=None):
             if hours > 1:
                 progress.note(f"this will take about {hours:.1f} h here; {quicker} is quicker")
         last = done == args.steps
+        stopping = summed([stop.signal or 0], device) != [0]    # together, or others would wait
         showing = done % args.sample_every == 0 or last
-        saving = done % args.save_every == 0 or showing or stop.signal
+        saving = done % args.save_every == 0 or showing or stopping
         if saving or done % args.log_every == 0:
             row = dict(log.means(), step=done, lr=lr)
             shown = f"loss {row['loss']:.3f}, {row['images_per_s']:.0f} images/s,"
-            if showing:
+            if showing and not RANK:
                 row["held_out"] = show(done)
                 progress.note(f"step {done}: held-out loss {row['held_out']:.4f}")
             log.write(**row)
-            if saving:    # after the row: a resumed run starts with an empty one
+            if saving and not RANK:    # after the row: a resumed run starts with an empty one
                 save(done)
         progress(done, shown)
-        if stop.signal and not last:
+        if stopping and not last:
             progress.close()
-            print(f"stopped at step {done} and saved; to go on, give the same command again with "
-                  "--resume", file=sys.stderr)
-            sys.exit(128 + stop.signal)
+            if not RANK:
+                print(f"stopped at step {done} and saved; to go on, give the same command again "
+                      "with --resume", file=sys.stderr)
+            sys.exit(128 + (stop.signal or signal.SIGTERM))
     progress.close()
     if precision.skipped:
         print(f"{precision.skipped} steps were skipped, as their gradients overflowed in fp16")
@@ -699,14 +772,18 @@ def parse_arguments(argv=None):
     add = parser.add_argument
     add("--arch", choices=ARCHS, default="patch", help="the model")
     add("--process", choices=PROCESSES, help="what it learns; if not given, what it was made for")
-    add("--variant", default="tiny", help="its size: nano, tiny, small, base, 512 or large")
+    add("--variant", "--model_size", default="tiny",
+        help="its size: nano, tiny, small, base, 512 or large")
     add("--dataset", choices=DATASETS, default="shapes", help="shapes needs no download")
     add("--data_dir", help="a folder of pictures, or where to keep a download")
-    add("--image_size", type=number(int, 1), default=32, help="side of a picture, in pixels")
+    add("--image_size", "--img_size", type=number(int, 1), default=32,
+        help="side of a picture, in pixels")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=number(int, 1), help="batches to train on")
     length.add_argument("--epochs", type=number(int, 1), help="the same, as passes over the data")
-    add("--batch_size", type=number(int, 1), help="pictures in a batch")
+    add("--batch_size", type=number(int, 1), help="pictures in a batch, over all processes")
+    add("--grad_accum", type=number(int, 1), default=1,
+        help="work through a batch in this many parts, where it does not fit into memory")
     add("--lr", type=number(float, 1e-12, 1), help="peak learning rate")
     add("--weight_decay", type=number(float, 0), default=0.01, help="of AdamW, for matrices")
     add("--ema", type=number(float, 0, 1), default=0.999, help="decay of the averaged weights")
@@ -746,28 +823,38 @@ def run(args):
     model = create_model(args.arch, args.variant, args.image_size, **dict(args.override)).to(device)
     out = Path(args.out)
     old = [path for name in ("ckpt.pt", "log.csv", "samples/step_*.png") for path in out.glob(name)]
-    if old and not args.overwrite and not args.resume:
-        raise ValueError(f"{out} already holds a run: --resume goes on with it, --overwrite replaces "
-                         "it, another --out leaves it alone")
-    data = DATASETS[args.dataset](args, device)
+    if old and not args.overwrite and not args.resume and not RANK:
+        raise ValueError(f"{out} already holds a run: --resume goes on with it, --overwrite "
+                         "replaces it, another --out leaves it alone")
+    join_group(device)
+    data = first_come_first(lambda: DATASETS[args.dataset](args, device))
     if len(data) < 2:
         raise ValueError("one picture is too few: one is held out, and none is left to train on")
+    if args.dataset == "cifar10" and args.image_size > 2 * 32:
+        print(f"CIFAR-10's pictures have 32 pixels: at {args.image_size} the model learns to draw "
+              "them blown up, and the more slowly for it", file=sys.stderr)
     training = len(held_out_split(len(data), TEST_SEED)[0])
     if args.epochs:
         args.steps = -(-args.epochs * training // args.batch_size)                # rounded up
     state = load_run(args, len(data)) if args.resume else None
+    if args.batch_size % (WORLD * args.grad_accum):
+        raise ValueError(f"--batch_size {args.batch_size} is no multiple of {WORLD} processes "
+                         f"times --grad_accum {args.grad_accum}")
     (out / "samples").mkdir(parents=True, exist_ok=True)
-    for path in [] if args.resume else old:
+    for path in [] if args.resume or RANK else old:
         path.unlink()
 
     cells = getattr(model, "grid", None)
     print(f"{args.arch} {args.variant}: {sum(p.numel() for p in model.parameters()):,} parameters; "
           f"{training:,} pictures of {args.image_size}x{args.image_size}"
           f"{f' as {cells[0] * cells[1]} tokens' if cells else ''}, {len(data) - training} held "
-          f"out; {args.steps} steps of {args.batch_size} on {device}")
+          f"out; {args.steps} steps of {args.batch_size} on {device}"
+          f"{f' and {WORLD - 1} more' if WORLD > 1 else ''}")
     start = time.time()
     with Stop() as stop:
         train(args, model, data, out, device, stop, state)
+    if WORLD > 1:
+        dist.destroy_process_group()
     seconds, steps = time.time() - start, args.steps - (state["step"] if state else 0)
     print(f"trained in {duration(seconds)}, tests and samples included: "
           f"{steps * args.batch_size / seconds:.0f} images/s, {1000 * seconds / steps:.0f} s for "
@@ -782,7 +869,8 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         fail(error)
     except (RuntimeError, MemoryError) as error:
-        told = any(words in str(error) for words in ("out of memory", "allocate memory"))
+        told = any(words in str(error) for words in
+                   ("out of memory", "allocate memory", "not enough memory"))
         if not told and not isinstance(error, MemoryError):
             raise
         fail("out of memory: a smaller --batch_size, --image_size or --variant needs less")
