@@ -1495,6 +1495,8 @@ def test_steps_that_are_not_finite_are_skipped_and_counted_or_end_the_run():
         moved = weight.detach().clone() if step == 0 else moved
         weight.grad = None
     assert torch.equal(weight.detach(), moved) and precision.skipped == precision.in_a_row - 1
+    # unscaled first, then clipped: a step of length 1
+    assert_close(torch.tensor([0.4, 1, 0.2]) - moved, torch.full((3,), 1 / math.sqrt(3)))
     assert precision.scaler.get_scale() < 1
     precision.scaler.scale(weight.sum() * math.inf).backward()
     with pytest.raises(ValueError, match="step 99"):
