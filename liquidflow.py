@@ -230,10 +230,10 @@ def ltc_closed_form(x0, f, A, tau, t):
     return x_inf + (x0 - x_inf) * torch.exp(-rate * t)
 
 
-# Step 3: the learned gate. Inputs that change leave an integral that nobody can solve.
-# The closed-form continuous-time cell (CfC) keeps the shape of the solution above, a start that
-# hands over to an end as time passes, and learns the parts: the start g, the end h, the speed f of
-# the change, and its offset b. A sigmoid takes the place of the exponential:
+# Step 3: the learned gate. Inputs that change leave an integral that nobody can solve. The closed-
+# form continuous-time cell (CfC) keeps the shape of the solution above, a start that hands over to
+# an end as time passes, and learns the parts: the start g, the end h, the speed f of the change,
+# and its offset b. A sigmoid takes the place of the exponential:
 #
 #     gate = sigmoid(-(f * t + b)),    new state = gate * g + (1 - gate) * h
 #
@@ -504,9 +504,8 @@ class Mamba2(nn.Module):
     """The Mamba-2 token mixer: (b, l, d_model) -> (b, l, d_model), causal in the order of l.
 
     Parameter names, shapes and initial values are those of the official module (Dao & Gu, 2024;
-    state-spaces/mamba), so its weights load here. d_state is §5's n, headdim p, ngroups g, d_conv
-    the tokens that a convolution sees; the norm is over all of d_inner. ValueError unless headdim
-    divides expand * d_model, and ngroups the number of heads.
+    state-spaces/mamba), so its weights load here; the norm is over all of d_inner. d_state is §5's
+    n, headdim p, ngroups g. ValueError unless headdim divides expand * d_model, and g the heads.
     """
 
     def __init__(self, d_model, d_state=64, d_conv=4, expand=2, headdim=64, ngroups=1,
@@ -758,7 +757,6 @@ class LiquidUNet(nn.Module):
 # become patches again. Between the halves one layer looks at the whole picture. Blocks in the
 # second half also get what one in the first half made (long skips): detail can go round the middle.
 
-
 def to_tokens(x):
     """(B, C, H, W) -> (b, l, d) in raster order, l = H * W, d = C."""
     return x.flatten(2).transpose(1, 2)
@@ -829,18 +827,20 @@ class Overview(nn.Module):
         x = x + write(enlarge(mix(v))),   v = shrink(read(norm(x))), 8 numbers in 8 x 8 cells
 
     A scan passes on what it remembers, a convolution reaches its neighbours; in a small model
-    neither brings the far ends of a shape together. mix is a two-layer network over all 8 * 64
+    neither brings the far ends of a shape together. mix is a network of `units` over all 8 * 64
     numbers at once. The fixed grid keeps it small for large pictures. At first it adds nothing.
     """
 
-    def __init__(self, dim, grid, units, cells=8, features=8):
+    features, cells = 8, 8
+
+    def __init__(self, dim, grid, units):
         super().__init__()
-        self.grid, self.cells = grid, (cells, cells)
+        self.grid = grid
         self.norm = nn.LayerNorm(dim)
-        self.read = nn.Linear(dim, features)
-        self.mix = nn.Sequential(nn.Linear(features * cells**2, units), nn.GELU(),
-                                 nn.Linear(units, features * cells**2))
-        self.write = zeroed(nn.Linear(features, dim))
+        self.read = nn.Linear(dim, self.features)
+        size = self.features * self.cells**2
+        self.mix = nn.Sequential(nn.Linear(size, units), nn.GELU(), nn.Linear(units, size))
+        self.write = zeroed(nn.Linear(self.features, dim))
 
     def forward(self, x):
         v = to_grid(self.read(self.norm(x)), *self.grid)                         # (B, 8, H/P, W/P)

@@ -48,8 +48,7 @@ PROCESS_OF = {"patch": "flow", "unet": "flow", "mamba": "diffusion"}
 SAMPLER_OF = {"velocity": "euler", "noise": "ddim"}
 SAMPLER_OPTIONS = {"ddim": dict(clip=1.0)}    # pictures lie in [-1, 1]
 
-# Training defaults. A high rate teaches a small model most per minute; larger models want a lower
-# one.
+# Training defaults. A high rate teaches a small model most per minute; larger ones want a lower.
 DEFAULTS = {
     "nano": dict(steps=3600, batch_size=32, lr=5e-3),
     "tiny": dict(steps=20_000, batch_size=64, lr=1e-3),
@@ -554,7 +553,7 @@ class Precision:
                 "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16")
         if name == "fp16" and device.type == "cpu":
             raise ValueError("--amp fp16 needs a GPU; on a CPU, bf16 and off work")
-        self.name, self.device = name, device
+        self.device = device
         self.dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
         self.skipped, self.row = 0, 0
@@ -578,7 +577,7 @@ class Precision:
             if self.row >= (self.in_a_row if self.scaler.is_enabled() else 1):
                 wrong = [name for name, loss in losses.items() if not math.isfinite(loss)]
                 raise ValueError(f"not finite at step {step}: {' and '.join(wrong or ['gradient'])}"
-                                 "; a lower --lr may help. The last checkpoint is still there")
+                                 "; a lower --lr may help. What was saved last is kept")
         self.scaler.step(optimizer)
         self.scaler.update()
 
@@ -614,7 +613,7 @@ def random_state(device, state=None):
     return {**states, device.type: backend.get_rng_state()} if backend else states
 
 
-# What a resumed run may change: nothing that the weights depend on, except how long it goes on
+# What a resumed run may change: nothing that moves the weights by more than rounding, but steps
 MAY_CHANGE = {"steps", "epochs", "grad_accum", "log_every", "sample_every", "save_every", "device",
               "data_dir", "out", "resume", "overwrite"}
 
