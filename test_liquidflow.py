@@ -1544,6 +1544,32 @@ def test_two_processes_and_parts_of_a_batch_are_one_process(tmp_path, monkeypatc
             assert (value - weights[1][key]).abs().max() < 2e-3, key
 
 
+def test_a_compiled_run_is_the_same_run(tmp_path, monkeypatch, capsys):
+    graphs, torch_compile = [], torch.compile
+
+    def backend(graph, inputs):    # torch's own needs a C++ compiler and a minute
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch_compile, backend=backend))
+    for name, flags in ("plain", []), ("fused", ["--compile"]):
+        train.main([*SMALL, "--steps", "3", "--log_every", "1", *flags,
+                    "--out", str(tmp_path / name)])
+        assert bool(graphs) == bool(flags)
+    one, other = (lf.load_checkpoint(tmp_path / run / "ckpt.pt") for run in ("plain", "fused"))
+    assert len(graphs) == 2    # the tiny program and the model, in one piece
+    assert_close(one["ema"], other["ema"])
+
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler found\nlong story")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch_compile, backend=broken))
+    torch.compiler.reset()
+    refused(train.main, [*SMALL, "--compile", "--out", tmp_path / "x"], capsys, "--compile",
+            "no compiler found")
+    assert not (tmp_path / "x" / "ckpt.pt").exists()
+
+
 def test_training_in_bf16_stays_near_float32(tmp_path, capsys):
     losses = {}
     for amp in ("off", "bf16"):

@@ -582,6 +582,20 @@ class Precision:
         self.scaler.update()
 
 
+def compiled(model, device):
+    """--compile: the model, turned by torch.compile into fused code; the weights stay the model's.
+
+    A first, tiny program tells at once, and not after the data, whether there is a compiler:
+    ValueError if not.
+    """
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+    except RuntimeError as error:
+        raise ValueError("--compile: torch.compile does not work here: "
+                         + str(error).split("\n\n")[0]) from None    # without advice to debug it
+    return torch.compile(model)
+
+
 class Stop:
     """While it is open, SIGINT and SIGTERM are a wish, .signal, that the loop grants."""
 
@@ -615,7 +629,7 @@ def random_state(device, state=None):
 
 # What a resumed run may change: nothing that moves the weights by more than rounding, but steps
 MAY_CHANGE = {"steps", "epochs", "grad_accum", "log_every", "sample_every", "save_every", "device",
-              "data_dir", "out", "resume", "overwrite"}
+              "compile", "data_dir", "out", "resume", "overwrite"}
 
 
 def load_run(args, count):
@@ -665,7 +679,8 @@ def train(args, model, data, out, device, stop, state=None):
     batches = shuffled(training, args.batch_size, args.seed, skip=first)
     # Every process takes grad_accum parts of a batch, one after the other
     mine = torch.arange(args.batch_size).chunk(WORLD * args.grad_accum)[RANK::WORLD]
-    network = DistributedDataParallel(model) if WORLD > 1 else model
+    network = compiled(model, device) if args.compile else model
+    network = DistributedDataParallel(network) if WORLD > 1 else network
 
     fixed = torch.Generator().manual_seed(TEST_SEED)    # for noise that never changes
     shape = 3, args.image_size, args.image_size
@@ -796,6 +811,8 @@ def parse_arguments(argv=None):
     old.add_argument("--overwrite", action="store_true", help="replace the run in that folder")
     add("--amp", choices=["auto", "off", "fp16", "bf16"], default="auto",
         help="half precision; auto: what the hardware is good at")
+    add("--compile", action="store_true",
+        help="let torch.compile fuse the model: waits a minute first, then each step is faster")
     add("--device", default="auto", help="cpu, cuda, mps, or the fastest there is")
     add("--log_every", type=number(int, 1), default=50, help="steps between rows of log.csv")
     add("--sample_every", type=number(int, 1), default=1000, help="steps between sample pictures")
