@@ -11,17 +11,23 @@ import functools
 import hashlib
 import http.server
 import io
+import json
 import math
 import os
 import pickle
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
+import types
+import urllib.error
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -1177,7 +1183,7 @@ def save_picture(path, mode):
 def test_every_kind_of_picture_becomes_rgb(tmp_path, mode, suffix, left, right):
     path = tmp_path / f"picture{suffix}"
     save_picture(path, mode)
-    image = train.read_picture(path, 20)    # the middle 20 of 40 columns: red, then blue
+    image = train.fit_picture(Image.open(path), 20)    # the middle 20 of 40 columns: red, then blue
     assert image.shape == (3, 20, 20) and image.dtype == torch.uint8
     for column, colour in ((3, left), (16, right)):
         if colour:
@@ -1190,8 +1196,15 @@ def test_pictures_are_turned_upright(tmp_path):
     exif = image.getexif()
     exif[0x0112] = 3                                # "upside down"
     image.save(tmp_path / "a.jpg", exif=exif)
-    found = train.read_picture(tmp_path / "a.jpg", 20)
+    found = train.fit_picture(Image.open(tmp_path / "a.jpg"), 20)
     assert found[:, 2].float().mean() < 30 and found[:, 17].float().mean() > 220
+
+
+def load(name, data_dir, size):
+    """The data set of that name, as train.py loads it."""
+    args = ["--dataset", name, "--image_size", str(size)]
+    args += ["--data_dir", str(data_dir)] if data_dir else []
+    return train.DATASETS[name](train.parse_arguments(args), CPU)
 
 
 def test_folder_names_what_it_skips_and_takes_classes_from_sub_folders(tmp_path, capsys):
@@ -1201,7 +1214,7 @@ def test_folder_names_what_it_skips_and_takes_classes_from_sub_folders(tmp_path,
     (tmp_path / "dogs/broken.png").write_bytes((tmp_path / "cats/1.png").read_bytes()[:60])
     (tmp_path / "dogs/empty.jpg").write_bytes(b"")
     (tmp_path / "notes.txt").write_text("not a picture")
-    data = train.load_folder(tmp_path, 8, CPU)
+    data = load("folder", tmp_path, 8)
     assert len(data) == 3 and data.classes == ["cats", "dogs"] and data.labels.tolist() == [0, 0, 1]
     assert data[torch.tensor([0])].abs().max() <= 1
     error = capsys.readouterr().err
@@ -1225,29 +1238,190 @@ def test_every_epoch_shows_every_picture_once(count, batch_size, seed):
         assert sorted(part.tolist()) == list(range(7, count + 7))
 
 
-def make_cifar10(folder, monkeypatch):
-    """A small archive in CIFAR-10's format, whose checksums torchvision is told."""
-    base, rows = folder / "cifar-10-batches-py", []
+def md5(path):
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+def pack(folder, name, members):
+    """Writes an archive of files or folders in a folder, removes them; returns its checksum."""
+    with tarfile.open(folder / name, "w:gz") as tar:
+        for member in members:
+            tar.add(folder / member, member)
+            shutil.rmtree(folder / member)
+    return md5(folder / name)
+
+
+def noise(seed, *shape):
+    """uint8 noise (numpy)."""
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+# A small archive in the original format of each data set, whose checksums torchvision is told.
+# make(folder, monkeypatch) -> what must be read from it: size, pictures, labels, classes
+
+def make_cifar(folder, monkeypatch, name="CIFAR10"):
+    hundred = name == "CIFAR100"
+    kind, key = getattr(torchvision.datasets, name), "fine_labels" if hundred else "labels"
+    base, rows, x = folder / kind.base_folder, [], noise(0, 5, 3, 3072)
     base.mkdir()
-    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch", "batches.meta"]:
-        content = {"label_names": list("abcdefghij")} if "meta" in name else {
-            "data": np.random.default_rng(0).integers(0, 256, (3, 3072), dtype=np.uint8),
-            "labels": [1, 2, 3]}
-        (base / name).write_bytes(pickle.dumps(content))
-        rows.append([name, hashlib.md5((base / name).read_bytes()).hexdigest()])
-    archive = folder / "cifar-10-python.tar.gz"
-    with tarfile.open(archive, "w:gz") as tar:
-        tar.add(base, base.name)
-    cifar10 = torchvision.datasets.CIFAR10
-    monkeypatch.setattr(cifar10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
-    monkeypatch.setattr(cifar10, "train_list", rows[:5])
-    monkeypatch.setattr(cifar10, "test_list", rows[5:6])
-    meta = dict(filename=rows[6][0], key="label_names", md5=rows[6][1])
-    monkeypatch.setattr(cifar10, "meta", meta)
+    trains = ["train"] if hundred else [f"data_batch_{i}" for i in range(1, 6)]
+    meta = "meta" if hundred else "batches.meta"
+    for i, part in enumerate([*trains, "test" if hundred else "test_batch", meta]):
+        content = {"data": x[i % 5], key: [1, 2, 3], "coarse_labels": [0, 0, 0]}
+        if part == meta:
+            content = {kind.meta["key"]: list("abcdefghij"), "coarse_label_names": ["wrong"]}
+        (base / part).write_bytes(pickle.dumps(content))
+        rows.append([part, md5(base / part)])
+    monkeypatch.setattr(kind, "tgz_md5", pack(folder, kind.filename, [kind.base_folder]))
+    monkeypatch.setattr(kind, "train_list", rows[:-2])
+    monkeypatch.setattr(kind, "test_list", rows[-2:-1])
+    monkeypatch.setattr(kind, "meta", dict(kind.meta, md5=rows[-1][1]))
+    pictures = torch.from_numpy(x[:len(trains)]).view(-1, 3, 32, 32)
+    return 32, pictures, [1, 2, 3] * len(trains), list("abcdefghij")
 
 
-def test_cifar10_tries_its_mirrors_in_turn(tmp_path, monkeypatch):
-    make_cifar10(tmp_path, monkeypatch)
+def make_stl10(folder, monkeypatch):
+    kind, x, rows = torchvision.datasets.STL10, noise(0, 4, 3, 96, 96), []
+    base = folder / kind.base_folder
+    base.mkdir()
+    columns_first = x.transpose(0, 1, 3, 2).tobytes()
+    contents = {"train_X.bin": columns_first, "train_y.bin": bytes([1, 2, 10, 1]),
+                "unlabeled_X.bin": columns_first[:96 * 96 * 3], "test_X.bin": columns_first,
+                "test_y.bin": bytes([3, 3, 3, 3])}
+    for name, content in contents.items():
+        (base / name).write_bytes(content)
+        rows.append([name, md5(base / name)])
+    (base / "class_names.txt").write_text("\n".join("abcdefghij") + "\n")
+    monkeypatch.setattr(kind, "tgz_md5", pack(folder, kind.filename, [kind.base_folder]))
+    monkeypatch.setattr(kind, "train_list", rows[:3])
+    monkeypatch.setattr(kind, "test_list", rows[3:])
+    return 96, torch.from_numpy(x), [0, 1, 9, 0], list("abcdefghij")
+
+
+def plain(i, width=40, height=30):
+    """A picture of one colour, that differs from i to i and survives JPEG."""
+    return Image.new("RGB", (width, height), ((40 * i) % 256, 100, 200))
+
+
+def plains(order, size):
+    return torch.stack([torch.from_numpy(np.array(plain(i, size, size))).permute(2, 0, 1)
+                        for i in order])
+
+
+def make_flowers102(folder, monkeypatch):
+    """setid.mat and imagelabels.mat are read by scipy, here by one of our own that reads JSON."""
+    def loadmat(path, squeeze_me):
+        assert squeeze_me
+        return {key: np.array(value) for key, value in json.loads(Path(path).read_text()).items()}
+
+    scipy, scipy.io = (types.ModuleType("scipy"),) * 2
+    scipy.loadmat = loadmat
+    monkeypatch.setitem(sys.modules, "scipy", scipy)
+    monkeypatch.setitem(sys.modules, "scipy.io", scipy)
+    kind, base = torchvision.datasets.Flowers102, folder / "flowers-102"
+    (base / "jpg").mkdir(parents=True)
+    for i in range(1, 6):
+        plain(i).save(base / "jpg" / f"image_{i:05d}.jpg")
+    (base / "setid.mat").write_text(json.dumps(dict(trnid=[2], valid=[5, 1], tstid=[3, 4])))
+    (base / "imagelabels.mat").write_text(json.dumps(dict(labels=[7, 102, 1, 7, 3])))
+    sums = {"image": pack(base, "102flowers.tgz", ["jpg"]), "label": md5(base / "imagelabels.mat"),
+            "setid": md5(base / "setid.mat")}
+    monkeypatch.setattr(kind, "_file_dict", {key: (kind._file_dict[key][0], value)
+                                             for key, value in sums.items()})
+    classes = getattr(kind, "classes", [str(i + 1) for i in range(102)])
+    return 16, plains([2, 5, 1, 3, 4], 16), [101, 2, 6, 0, 6], classes
+
+
+def make_celeba(folder, monkeypatch):
+    """Google Drive is a gdown of our own that copies files from the folder."""
+    kind, base = torchvision.datasets.CelebA, folder / "drive"
+    base.mkdir()
+    names = [f"{i:06d}.jpg" for i in range(1, 6)]
+    with zipfile.ZipFile(base / "img_align_celeba.zip", "w") as file:
+        for i, name in enumerate(names):
+            plain(i, 178, 218).save(folder / "a.jpg")
+            file.write(folder / "a.jpg", f"img_align_celeba/{name}")
+    for name, header, line in (
+            ("list_attr_celeba.txt", "5\nBald Young\n", "{} -1  1"),
+            ("identity_CelebA.txt", "", "{} 77"),
+            ("list_bbox_celeba.txt", "5\nimage_id x_1 y_1 width height\n", "{}  1 2  3 4"),
+            ("list_landmarks_align_celeba.txt", "5\nlefteye_x lefteye_y\n", "{} 69  109")):
+        (base / name).write_text(header + "".join(line.format(n) + "\n" for n in names))
+    (base / "list_eval_partition.txt").write_text(
+        "".join(f"{name} {split}\n" for name, split in zip(names, (0, 1, 0, 2, 0))))
+    monkeypatch.setattr(kind, "file_list", [
+        (f"id of {name}", md5(base / name), name) for _, _, name in kind.file_list])
+    gdown = types.ModuleType("gdown")
+    gdown.download = lambda id, output, **_: shutil.copy(base / id.removeprefix("id of "), output)
+    monkeypatch.setitem(sys.modules, "gdown", gdown)
+    return 16, plains([0, 2, 4], 16), [0, 0, 0], [""]
+
+
+class Database(dict):
+    """As much of an lmdb database, its transaction and its cursor as it takes to read it."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+    def begin(self):
+        return self
+
+    def cursor(self):
+        return self
+
+    def iternext(self, values):
+        assert not values
+        return iter(self)
+
+
+def make_lsun(folder, monkeypatch):
+    lmdb = types.ModuleType("lmdb")
+    lmdb.open = lambda path, **_: Database(pickle.loads((Path(path) / "data.mdb").read_bytes()))
+    monkeypatch.setitem(sys.modules, "lmdb", lmdb)
+    for name, numbers in (("tower_train", [3]), ("bedroom_train", [0, 1]), ("tower_val", [5])):
+        contents = {}
+        for i in numbers:
+            plain(i).save(folder / "a.webp", lossless=True)
+            contents[b"%040d" % i] = (folder / "a.webp").read_bytes()
+        (folder / f"{name}_lmdb").mkdir()
+        (folder / f"{name}_lmdb" / "data.mdb").write_bytes(pickle.dumps(contents))
+    return 16, plains([0, 1, 3], 16), [0, 0, 1], ["bedroom", "tower"]
+
+
+ARCHIVES = {"cifar10": make_cifar, "cifar100": functools.partial(make_cifar, name="CIFAR100"),
+            "stl10": make_stl10, "flowers102": make_flowers102, "celeba": make_celeba,
+            "lsun": make_lsun}
+SIDES = {"cifar10": 32, "cifar100": 32, "stl10": 96, "flowers102": 500, "celeba": 178, "lsun": 256}
+
+
+@pytest.mark.parametrize("name", ARCHIVES)
+def test_data_sets_are_read_from_their_original_files(name, tmp_path, monkeypatch, capsys):
+    size, pictures, labels, classes = ARCHIVES[name](tmp_path, monkeypatch)
+    data, i = load(name, tmp_path, size), torch.arange(len(labels))
+    assert len(data) == len(labels) and data.labels.tolist() == labels
+    assert data.classes == classes and isinstance(data, train.Pictures)
+    worst = 3 if name in ("flowers102", "celeba") else 0    # JPEG
+    assert (data.images.int() - pictures.int()).abs().max() <= worst
+    assert torch.equal(data[i], data.images / 127.5 - 1)
+    monkeypatch.setattr(train, "IN_MEMORY", 3 * size**2 * len(labels))    # just fits
+    assert isinstance(load(name, tmp_path, size), train.Pictures)
+    monkeypatch.setattr(train, "IN_MEMORY", 3 * size**2 * len(labels) - 1)
+    streamed = load(name, tmp_path, size)    # what has been downloaded is not asked for again
+    streamed.source = pickle.loads(pickle.dumps(streamed.source))    # as it reaches a worker
+    assert isinstance(streamed, train.Streamed) and len(streamed) == len(labels)
+    assert streamed.labels.tolist() == labels and streamed.classes == classes
+    assert torch.equal(streamed[i], data[i]) and torch.equal(streamed[i[1:]], data[i[1:]])
+    assert load(name, tmp_path, 48)[i].shape == (len(labels), 3, 48, 48)
+    assert "blown up" not in capsys.readouterr().err
+    load(name, tmp_path, 2 * SIDES[name] + 1)
+    assert f"{SIDES[name]} pixels" in capsys.readouterr().err
+
+
+def test_cifar_tries_its_mirrors_in_turn(tmp_path, monkeypatch):
+    _, pictures, *_ = make_cifar(tmp_path, monkeypatch)
     (tmp_path / "portal").mkdir()
     (tmp_path / "portal" / "cifar-10-python.tar.gz").write_bytes(b"a captive portal's login page")
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
@@ -1255,20 +1429,81 @@ def test_cifar10_tries_its_mirrors_in_turn(tmp_path, monkeypatch):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         base = f"http://127.0.0.1:{server.server_port}"
         urls = [f"{base}/{part}cifar-10-python.tar.gz" for part in ("missing/", "portal/", "")]
-        monkeypatch.setattr(train, "CIFAR10_URLS", urls)
-        data = train.load_cifar10(tmp_path / "download", 32, CPU)
-        monkeypatch.setattr(train, "CIFAR10_URLS", urls[:2])
+        monkeypatch.setitem(train.CIFAR_URLS, "CIFAR10", urls)
+        assert torch.equal(load("cifar10", tmp_path / "download", 32).images, pictures)
+        monkeypatch.setitem(train.CIFAR_URLS, "CIFAR10", urls[:2])
         with pytest.raises(ValueError, match="--dataset shapes") as caught:
-            train.load_cifar10(tmp_path / "elsewhere", 32, CPU)
+            load("cifar10", tmp_path / "elsewhere", 32)
         server.shutdown()
-    assert urls[0] in str(caught.value) and urls[1] in str(caught.value)
-    assert len(data) == 15 and data.classes == list("abcdefghij")
-    assert data.labels.tolist() == [1, 2, 3] * 5
-    with open(tmp_path / "cifar-10-batches-py" / "data_batch_1", "rb") as file:
-        raw = pickle.load(file)["data"][0]
-    assert torch.equal(data.images[0].flatten(), torch.from_numpy(raw))
-    # what has been downloaded is not asked for again, and is resized
-    assert train.load_cifar10(tmp_path / "download", 48, CPU).images.shape == (15, 3, 48, 48)
+    for word in (urls[0], urls[1], str(tmp_path / "elsewhere"), "cifar-10-python.tar.gz"):
+        assert word in str(caught.value)
+
+
+def test_what_a_data_set_lacks_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def refuse(name, *words):
+        refused(train.main, ["--dataset", name, "--data_dir", "here"], capsys, name, *words)
+
+    def gone(*arguments, **_):
+        raise urllib.error.URLError("no route to host")
+
+    for package in ("scipy", "lmdb", "gdown"):
+        monkeypatch.setitem(sys.modules, package, None)    # as if it were not installed
+    refuse("flowers102", "pip install scipy")
+    refuse("lsun", "pip install lmdb")
+    refuse("celeba", "pip install gdown", "here", "img_align_celeba.zip", "--dataset shapes")
+    assert not list(Path("here").rglob("*.*"))
+    make_flowers102(Path(tempfile.mkdtemp(dir=tmp_path)), monkeypatch)    # now with scipy
+    make_lsun(Path(tempfile.mkdtemp(dir=tmp_path)), monkeypatch)
+    make_celeba(Path(tempfile.mkdtemp(dir=tmp_path)), monkeypatch)
+    refuse("lsun", "--data_dir", "bedroom_train_lmdb", "here")
+    refused(train.main, ["--dataset", "lsun"], capsys, "--data_dir", "bedroom_train_lmdb")
+    (tmp_path / "here" / "tower_train_lmdb").mkdir(parents=True)
+    refuse("lsun", "data.mdb")                                            # an empty folder
+    monkeypatch.setattr("urllib.request.urlopen", gone)
+    for name, file in (("cifar100", "cifar-100-python.tar.gz"), ("stl10", "stl10_binary.tar.gz"),
+                       ("flowers102", "102flowers.tgz")):
+        refuse(name, "no route to host", "here", file, "--dataset shapes")
+
+    def quota(id, output, **_):
+        raise RuntimeError("Too many users have viewed or downloaded this file recently.")
+
+    monkeypatch.setattr(sys.modules["gdown"], "download", quota)
+    refuse("celeba", "Too many users", "here", "img_align_celeba.zip", "--dataset shapes")
+    monkeypatch.setattr(sys.modules["gdown"], "download",
+                        lambda id, output, **_: Path(output).write_text("<html>quota</html>"))
+    refuse("celeba", "corrupted", "here", "img_align_celeba.zip", "--dataset shapes")
+    assert socket.getdefaulttimeout() <= 60 and not (tmp_path / "runs").exists()
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """A folder with 24 pictures of noise, in two classes."""
+    for i in range(24):
+        path = tmp_path / "photographs" / "ab"[i % 2] / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise(i, 16, 16, 3)).save(path)
+    return tmp_path / "photographs"
+
+
+def test_streamed_pictures_come_in_order_and_name_what_is_damaged(photographs, monkeypatch):
+    data = load("folder", photographs, 16)
+    monkeypatch.setattr(train, "IN_MEMORY", 0)
+    streamed, before = load("folder", photographs, 16), torch.get_rng_state()
+    order = [torch.tensor(part) for part in ([3, 1, 2], [23], [0, 0], [7, 8, 9, 10])]
+    for one, other in ((data, streamed), (data, data)):
+        found = list(other.batches(iter(order)))
+        assert len(found) == 4 and all(torch.equal(x, one[i]) for x, i in zip(found, order))
+    assert torch.equal(before, torch.get_rng_state())
+    files, path = streamed.source, photographs / "a" / "04.png"
+    path.write_bytes(path.read_bytes()[:100])    # since it was checked
+    for read in (lambda: streamed[torch.tensor([2])], lambda: list(streamed.batches(order))):
+        with pytest.raises(ValueError) as caught:
+            read()
+        for word in (str(files.paths[2]), "truncated", "--resume"):
+            assert word in str(caught.value)
+        assert "Traceback" not in str(caught.value)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1503,17 +1738,59 @@ def test_steps_that_are_not_finite_are_skipped_and_counted_or_end_the_run():
         precision.step(optimizer, [weight], 99, {})
 
 
-def test_names_of_other_command_lines_and_pictures_that_are_blown_up(
-        tmp_path, monkeypatch, capsys):
+def test_names_of_other_command_lines():
     args = train.parse_arguments(["--model_size", "small", "--img_size", "128", "--epochs", "3"])
     assert (args.variant, args.image_size, args.epochs) == ("small", 128, 3)
-    pictures = train.Shapes(20, 72, 0, CPU)
-    monkeypatch.setitem(train.DATASETS, "cifar10", lambda args, device: pictures)
-    for size, warned in ((72, True), (64, False)):
-        pictures.size = size
-        train.main([*SMALL[:2], *SMALL[4:], "--image_size", str(size), "--dataset", "cifar10",
-                    "--steps", "1", "--overwrite", "--out", str(tmp_path / "run")])
-        assert ("blown up" in capsys.readouterr().err) == warned
+
+
+def test_streamed_runs_are_the_same_runs(photographs, tmp_path, monkeypatch):
+    options = [*SMALL, "--dataset", "folder", "--data_dir", str(photographs), "--log_every", "1",
+               "--grad_accum", "2", "--steps", "6", "--out"]
+    train.main([*options, str(tmp_path / "memory")])
+    monkeypatch.setattr(train, "IN_MEMORY", 0)
+    train.main([*options, str(tmp_path / "streamed")])
+    cut = [*options, str(tmp_path / "cut")]    # off in the middle of the second epoch
+    saved = train.save_checkpoint
+
+    def stops(path, state):
+        saved(path, state)
+        if state["step"] == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save_checkpoint", stops)
+    with pytest.raises(SystemExit):
+        train.main([*cut, "--save_every", "4"])
+    monkeypatch.setattr(train, "save_checkpoint", saved)
+    train.main([*cut, "--resume"])
+    memory, *others = (lf.load_checkpoint(tmp_path / name / "ckpt.pt")
+                       for name in ("memory", "streamed", "cut"))
+    for other in others:
+        assert [name for name in WEIGHTS if not same_bits(memory[name], other[name])] == []
+    tables = [[{k: v for k, v in row.items() if k != "images_per_s"} for row in
+               rows(tmp_path / name / "log.csv")] for name in ("memory", "streamed", "cut")]
+    assert tables[0] == tables[1] and tables[0] == tables[2]
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="no process groups here")
+def test_a_signal_to_all_processes_of_a_streamed_run_saves_and_leaves_none(photographs, tmp_path):
+    """As Ctrl-C in a terminal and `timeout` do it: the workers get it, too."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(HERE)!r})
+import train
+train.IN_MEMORY = 0
+train.main({[*SMALL, '--dataset', 'folder', '--data_dir', str(photographs), '--steps', '100000']}
+           + ["--save_every", "5", "--sample_every", "100000"])
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, start_new_session=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    checkpoint = tmp_path / "runs" / "patch-nano-folder" / "ckpt.pt"
+    while process.poll() is None and not checkpoint.exists():
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, error = process.communicate(timeout=60)    # which waits for all that hold its pipes
+    assert process.returncode == 128 + signal.SIGTERM, error
+    assert "saved" in error and "Traceback" not in error and "Error" not in error
 
 
 def test_two_processes_and_parts_of_a_batch_are_one_process(tmp_path, monkeypatch):

