@@ -3,6 +3,7 @@
     python sample.py                                          newest run below runs/ -> samples.png
     python sample.py --n 16 --sampler heun --steps 25         fewer, better steps
     python sample.py --gif path.gif                           also the way from noise to picture
+    python sample.py --reconstruct a.jpg b.png                what an autoencoder does to pictures
 
 The checkpoint holds everything that is needed: the model's shape, its process, and the averaged
 weights, which are the ones that are sampled from. Same seed, same machine: same pictures.
@@ -16,9 +17,10 @@ import torch
 from PIL import Image
 from torchvision.utils import make_grid
 
-from liquidflow import PROCESSES, SAMPLERS, create_model, load_checkpoint, sides, write_whole
-from train import (CHECKPOINT_VERSION, SAMPLER_OF, SAMPLER_OPTIONS, Parser, Progress, duration,
-                   fail, number, pick_device)
+from liquidflow import (PROCESSES, SAMPLERS, TAESD_FILES, create_model, load_checkpoint, sides,
+                        write_whole)
+from train import (CHECKPOINT_VERSION, SAMPLER_OF, Parser, Progress, decoded, duration, fail,
+                   fit_picture, load_taesd, number, pick_device, sampler_options)
 
 BATCH = 64    # pictures drawn at once
 
@@ -33,7 +35,7 @@ def newest_checkpoint(folder="runs"):
 
 
 def load_model(path, device):
-    """(model with the averaged weights, its process, the step) of a checkpoint.
+    """(model with the averaged weights, its process, the whole state) of a checkpoint.
 
     ValueError or FileNotFoundError, naming the file, where it is missing, damaged, of another
     version, or not a run's checkpoint at all.
@@ -48,7 +50,8 @@ def load_model(path, device):
         model = create_model(**state["config"])
         model.load_state_dict(state["ema"])
         process = PROCESSES[state["process"]]()
-        return model.to(device).eval(), process, state["step"]
+        state["step"], state["latents"]    # asked for later
+        return model.to(device).eval(), process, state
     except (KeyError, TypeError, RuntimeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: its contents do not fit together ({error})") from None
 
@@ -59,11 +62,38 @@ def draw_noise(n, shape, seed):
     return torch.stack([torch.randn(shape, generator=generator) for _ in range(n)])
 
 
-def grid_picture(pictures):
-    """Pictures (n, 3, H, W) in [-1, 1] -> one PIL image, as square a grid as can be."""
-    grid = make_grid(pictures, nrow=math.ceil(math.sqrt(len(pictures))), normalize=True,
+def grid_picture(pictures, columns=None):
+    """Pictures (n, 3, H, W) in [-1, 1] -> one PIL image, as square a grid as can be if None."""
+    grid = make_grid(pictures, nrow=columns or math.ceil(math.sqrt(len(pictures))), normalize=True,
                      value_range=(-1, 1))
     return Image.fromarray((grid * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def reconstruct(args, device):
+    """Encodes and decodes pictures: a grid of before and after, and how near they are.
+
+    What an autoencoder loses here, no latent model can give back: the first thing to look at when
+    its pictures look bad.
+    """
+    size = args.image_size
+    taesd = load_taesd(args.latents, args.taesd_dir, device)
+    rows, total = [], 0.0
+    for path in args.reconstruct:
+        try:
+            with Image.open(path) as image:
+                picture = fit_picture(image, size)
+        except Exception as error:    # a damaged file can fail in any way its decoder likes
+            raise ValueError(f"{path}: not a picture that can be read ({error})") from None
+        before = picture[None].float() / 127.5 - 1                             # (1, 3, H, W)
+        with torch.no_grad():
+            after = taesd.decode(taesd.encode(before.to(device))).cpu()
+        psnr = -10 * math.log10(max((after - before).square().mean().item() / 4, 1e-10))
+        print(f"{path}: PSNR {psnr:.1f} dB at {size}x{size}")
+        rows, total = [*rows, before, after], total + psnr
+    print(f"mean PSNR of {len(args.reconstruct)}: {total / len(args.reconstruct):.1f} dB")
+    grid = grid_picture(torch.cat(rows), 2 * math.ceil(math.sqrt(len(args.reconstruct) / 2)))
+    write_whole(args.out, lambda file: grid.save(file, "PNG"))
+    print(f"{args.out}: pairs of before and after")
 
 
 def parse_arguments(argv=None):
@@ -78,6 +108,11 @@ def parse_arguments(argv=None):
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="same seed, same pictures")
     add("--out", default="samples.png", help="where the grid goes")
     add("--gif", help="also write the path from noise to picture, as an animated GIF")
+    add("--taesd_dir", help="folder of the autoencoder's files; downloaded if not given")
+    add("--reconstruct", nargs="+", metavar="PICTURE",
+        help="no samples: what an autoencoder alone does to these pictures")
+    add("--latents", choices=TAESD_FILES, default="taesd", help="the one for --reconstruct")
+    add("--image_size", type=number(int, 8), default=128, help="side of pictures to --reconstruct")
     add("--device", default="auto", help="cpu, cuda, mps, or the fastest there is")
     return parser.parse_args(argv)
 
@@ -89,10 +124,14 @@ def run(args):
                                  or not Path(path).parent.is_dir()):
             raise ValueError(f"{path!r}: give a file ending in {suffix}, in a folder that exists")
     device = pick_device(args.device)
+    if args.reconstruct:
+        return reconstruct(args, device)
     path = args.ckpt or newest_checkpoint()
-    model, process, step = load_model(path, device)
+    model, process, state = load_model(path, device)
+    latents = state["latents"]
+    taesd = load_taesd(latents["name"], args.taesd_dir, device) if latents else None
     name = args.sampler or SAMPLER_OF[process.predicts]
-    options = dict(SAMPLER_OPTIONS.get(name, {}))
+    options = sampler_options(name, latents)
     if args.eta:
         if name != "ddim":
             raise ValueError(f"--eta {args.eta}: only --sampler ddim draws fresh noise, not {name}")
@@ -100,8 +139,8 @@ def run(args):
 
     shape = model.config["in_channels"], *sides(model.config["image_size"])
     noise = draw_noise(args.n, shape, args.seed)
-    print(f"{path}: {model.config['arch']} {model.config['variant']}, step {step}; "
-          f"{args.n} pictures in {args.steps} {name} steps on {device}")
+    print(f"{path}: {model.config['arch']} {model.config['variant']}, step "
+          f"{state['step']}; {args.n} pictures in {args.steps} {name} steps on {device}")
     start, parts = time.time(), noise.split(BATCH)
     progress = Progress("step", args.steps * len(parts))
     pictures, frames = [], [[] for _ in range(args.steps)]
@@ -109,11 +148,11 @@ def run(args):
         def watch(step, x_t, x0_hat, before=i * args.steps):
             progress(before + step + 1)
             if args.gif:
-                frames[step].append(x_t.cpu())
+                frames[step].append(decoded(x_t, taesd, latents).cpu())
 
         sampler = SAMPLERS[name]
-        pictures.append(sampler(model, process, part.to(device), args.steps, callback=watch,
-                                **options).cpu())
+        drawn = sampler(model, process, part.to(device), args.steps, callback=watch, **options)
+        pictures.append(decoded(drawn, taesd, latents).cpu())
     progress.close()
 
     grid = grid_picture(torch.cat(pictures))

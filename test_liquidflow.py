@@ -1506,6 +1506,181 @@ def test_streamed_pictures_come_in_order_and_name_what_is_damaged(photographs, m
         assert "Traceback" not in str(caught.value)
 
 
+@given(st.integers(1, 9), seeds)
+def test_indices_beyond_the_last_picture_are_mirror_images(count, seed):
+    images = torch.randint(256, (count, 3, 4, 5), dtype=torch.uint8)
+    pictures = train.Pictures(images, torch.zeros(count), ["a"], CPU)
+    for data in (pictures, train.Shapes(count, 8, seed, CPU)):
+        order = torch.randperm(2 * count, generator=torch.Generator().manual_seed(seed))
+        upright = data[torch.arange(count)]
+        both = torch.cat([upright, upright.flip(3)])
+        assert torch.equal(data[order], both[order])
+        assert all(torch.equal(x, both[i]) for x, i in
+                   zip(data.batches(order.split(2)), order.split(2), strict=True))
+
+
+# ------------------------------------------------------------------------------------------------
+# train.py and sample.py: latents
+# ------------------------------------------------------------------------------------------------
+
+def small_taesd(folder, name="taesd", channels=4):
+    """Random weights under the published names; their latents are far from normal."""
+    folder.mkdir(exist_ok=True)
+    *paths, taesd = taesd_files(folder, channels)
+    for path, part in zip(paths, ("encoder", "decoder")):
+        path.rename(folder / f"{name}_{part}.pth")
+    return taesd
+
+
+@given(seeds)
+@settings(max_examples=5)
+def test_latents_are_normalised_and_decoded_back(seed):
+    raw = 3 * normal(seed, 20, 4, 2, 3, dtype=torch.float32) + torch.arange(4.0)[:, None, None]
+    pictures = train.Pictures(torch.zeros(10, 3, 16, 24, dtype=torch.uint8), torch.arange(10) % 3,
+                              ["a", "b", "c"], CPU)
+    data = train.Latents(raw.half(), pictures, "taesd", CPU)
+    x = data[torch.arange(20)]
+    assert len(data) == 10 and data.labels.tolist() == pictures.labels.tolist()
+    assert_close(x.mean((0, 2, 3)), torch.zeros(4), atol=1e-5, rtol=0)
+    assert_close(x.std((0, 2, 3)), torch.ones(4))
+    assert data.latents["limit"] == pytest.approx(x.abs().max().item())
+    torch.manual_seed(0)
+    taesd = lf.TAESD(4)
+    assert_close(train.decoded(x, taesd, data.latents), taesd.decode(raw.half().float()),
+                 atol=1e-4, rtol=0)
+    assert train.decoded(x, None, None) is x
+    assert train.sampler_options("ddim", data.latents) == {"clip": data.latents["limit"]}
+    assert train.sampler_options("ddim", None) == {"clip": 1.0}
+    assert train.sampler_options("euler", data.latents) == {}
+
+
+def latent_run(tmp_path, out, *more):
+    return ["--arch", "mamba", "--variant", "nano", *SMALL[4:10], "--batch_size", "4", "--device",
+            "cpu", "--dataset", "folder", "--data_dir", tmp_path / "photographs", "--image_size",
+            64, "--taesd_dir", tmp_path / "weights", "--steps", 2, "--out", tmp_path / out, *more]
+
+
+def test_a_latent_run_encodes_once_and_samples_pictures(
+        photographs, tmp_path, monkeypatch, capsys):
+    taesd, main = small_taesd(tmp_path / "weights"), lambda arguments: train.main(
+        [str(a) for a in arguments])
+    main(latent_run(tmp_path, "one"))    # taesd is the default of this model at this size
+    out = capsys.readouterr().out
+    assert "encoding" in out and "latents kept in" in out and "24 pictures" not in out
+    cache, = tmp_path.glob("latents-folder-64-taesd-*.pt")
+    stored = lf.load_checkpoint(cache)["latents"]
+    data, i = load("folder", photographs, 64), torch.arange(48)
+    assert stored.dtype == torch.float16 and stored.shape == (48, 4, 8, 8)
+    assert_close(stored.float(), taesd.encode(data[i]), atol=2e-3, rtol=2e-3)
+    state = lf.load_checkpoint(tmp_path / "one" / "ckpt.pt")
+    assert state["config"]["in_channels"] == 4 and state["config"]["image_size"] == 8
+    assert state["latents"]["name"] == "taesd" and state["pictures"] == 24
+    assert_close(state["latents"]["std"].flatten(), stored.float().std((0, 2, 3)))
+    assert Image.open(tmp_path / "one" / "samples" / "step_000002.png").size == (398, 398)
+
+    main(latent_run(tmp_path, "two"))
+    out = capsys.readouterr().out
+    assert "encoding" not in out and f"latents from {cache}" in out
+    again = lf.load_checkpoint(tmp_path / "two" / "ckpt.pt")
+    assert same_bits([state[k] for k in WEIGHTS], [again[k] for k in WEIGHTS])
+    (tmp_path / "photographs" / "a" / "00.png").write_bytes(
+        (tmp_path / "photographs" / "a" / "02.png").read_bytes())    # one picture is another one
+    main(latent_run(tmp_path, "three"))
+    assert "encoding" in capsys.readouterr().out and len(list(tmp_path.glob("latents-*"))) == 2
+    other, = set(tmp_path.glob("latents-*")) - {cache}
+    other.write_bytes(cache.read_bytes())
+    refused(train.main, latent_run(tmp_path, "four"), capsys, other, "remove it")
+    other.write_bytes(cache.read_bytes()[:5000])
+    refused(train.main, latent_run(tmp_path, "four"), capsys, other, "damaged")
+    main(latent_run(tmp_path, "five", "--image_size", 96, "--max_images", 9))
+    out = capsys.readouterr().out
+    assert "encoding" in out and "5 pictures" in out and "4 held out" in out
+
+    monkeypatch.chdir(tmp_path)
+    sample.main(["--ckpt", "one/ckpt.pt", "--taesd_dir", "weights", "--n", "2", "--steps", "3",
+                 "--gif", "path.gif"])
+    pixels = np.asarray(Image.open("samples.png"))[2:66, 2:66]
+    model = lf.create_model(**state["config"])
+    model.load_state_dict(state["ema"])
+    x = lf.ddim_sample(model, lf.VPDiffusion(), sample.draw_noise(1, (4, 8, 8), 0), 3,
+                       clip=state["latents"]["limit"])
+    x = taesd.decode(x * state["latents"]["std"] + state["latents"]["mean"])[0]
+    assert np.abs(pixels - (x.permute(1, 2, 0).numpy() + 1) * 127.5).max() < 1.5
+    assert Image.open("path.gif").n_frames == 4 and Image.open("path.gif").size[0] > 128
+    capsys.readouterr()
+    refused(sample.main, ["--ckpt", "one/ckpt.pt", "--taesd_dir", "nowhere"], capsys,
+            Path("nowhere") / "taesd_encoder.pth")
+    refused(train.main, latent_run(tmp_path, "six", "--image_size", 72), capsys, "size 9",
+            "an eighth of --image_size 72")
+
+
+@pytest.mark.parametrize("arch", ["patch", "unet"])
+def test_every_model_trains_on_latents_by_either_process(arch, photographs, tmp_path):
+    small_taesd(tmp_path / "weights", "taef1", 16)
+    for process in lf.PROCESSES:
+        shape = ["--override", "channels=(8,8)", "--override", "blocks=(1,1)"]
+        train.main([str(a) for a in [
+            *latent_run(tmp_path, process)[2:4], *(shape if arch == "unet" else SMALL[4:10]),
+            *latent_run(tmp_path, process)[10:], "--arch", arch, "--latents", "taef1",
+            "--process", process]])
+        state = lf.load_checkpoint(tmp_path / process / "ckpt.pt")
+        assert state["config"]["in_channels"] == 16 and state["process"] == process
+
+
+def test_when_latents_are_the_default_and_when_they_are_pointless(tmp_path, monkeypatch, capsys):
+    def latents(*arguments):
+        return train.parse_arguments([str(a) for a in arguments]).latents
+
+    assert latents("--arch", "mamba") == "off" == latents("--image_size", 64)
+    assert latents("--arch", "mamba", "--image_size", 64) == "taesd"
+    assert latents("--arch", "mamba", "--image_size", 64, "--latents", "off") == "off"
+    assert latents("--latents") == "taesd" and latents("--latents", "taef2") == "taef2"
+    monkeypatch.chdir(tmp_path)
+    small_taesd(tmp_path / "weights")
+    options = [*SMALL[:2], *SMALL[4:], "--latents", "--steps", "1", "--out", "run"]
+    refused(train.main, [*options, "--image_size", "60"], capsys, "60", "multiple of 8")
+    refused(train.main, [*options, "--image_size", "64", "--taesd_dir", "none"], capsys, "none")
+    train.main([*options, "--image_size", "32", "--taesd_dir", "weights", "--max_images", "8"])
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and "4x4 numbers" in captured.err
+    assert "4 pictures" in captured.out
+
+    def urlopen(url, timeout):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    refused(train.main, [*options, "--image_size", "64", "--overwrite"], capsys, "unreachable",
+            "taesd_encoder.pth", "taesd_decoder.pth", tmp_path / "hub" / "liquidflow")
+    assert Path("run/ckpt.pt").exists()    # what --overwrite would replace, had it begun
+
+
+def test_reconstruct_shows_what_the_autoencoder_loses(photographs, tmp_path, monkeypatch, capsys):
+    taesd = small_taesd(tmp_path / "weights")
+    monkeypatch.chdir(tmp_path)
+    files = sorted(photographs.rglob("*.png"))[:3]
+    options = ["--taesd_dir", "weights", "--image_size", "24", "--out", "pairs.png"]
+    sample.main(["--reconstruct", *map(str, files), *options])
+    out = capsys.readouterr().out
+    total = 0
+    for line, file in zip(out.splitlines(), files):
+        x = train.scaled(train.fit_picture(Image.open(file), 24))[None]
+        error = ((taesd.decode(taesd.encode(x)) - x) / 2).square().mean().item()    # in [0, 1]
+        total += 10 * math.log10(1 / error) / 3
+        assert f"{file}: PSNR {10 * math.log10(1 / error):.1f} dB" in line
+    assert f"mean PSNR of 3: {total:.1f} dB" in out
+    pairs = np.asarray(Image.open("pairs.png"))
+    before = np.asarray(train.fit_picture(Image.open(files[0]), 24)).transpose(1, 2, 0)
+    assert np.abs(pairs[2:26, 2:26].astype(int) - before).max() <= 1
+    (tmp_path / "no.png").write_bytes(b"nothing")
+    before = (tmp_path / "pairs.png").read_bytes()
+    for bad, word in (("no.png", "no.png"), ("gone.png", "gone.png")):
+        refused(sample.main, ["--reconstruct", str(files[0]), bad, *options], capsys, word)
+    refused(sample.main, ["--reconstruct", str(files[0]), *options[:2], "--image_size", "20"],
+            capsys, "8 must divide")
+    assert (tmp_path / "pairs.png").read_bytes() == before
+
+
 # ------------------------------------------------------------------------------------------------
 # train.py and sample.py, as a user runs them
 # ------------------------------------------------------------------------------------------------
@@ -1578,7 +1753,7 @@ def test_same_seed_same_run_same_pictures(trained, arch, tmp_path, monkeypatch):
         pixels = np.asarray(Image.open("samples.png"))[2:18, 2:18]
         noise = sample.draw_noise(1, (3, 16, 16), 5)
         name = train.SAMPLER_OF[process.predicts]
-        options = train.SAMPLER_OPTIONS.get(name, {})
+        options = dict(clip=1.0) if name == "ddim" else {}
         exact = lf.SAMPLERS[name](expected, process, noise, 2, **options)[0]
         exact = (exact.clamp(-1, 1).permute(1, 2, 0).numpy() + 1) * 127.5
         assert np.abs(pixels - exact).max() < 1.5

@@ -15,9 +15,11 @@ import ast
 import contextlib
 import csv
 import functools
+import hashlib
 import importlib
 import inspect
 import io
+import itertools
 import math
 import os
 import signal
@@ -35,16 +37,17 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import ConcatDataset, DataLoader
+from torch.utils.data import ConcatDataset, DataLoader, Subset
 from torchvision.utils import save_image
 
-from liquidflow import (ARCHS, EMA, PHYSICS, PROCESSES, SAMPLERS, VARIANTS, PhysicsLoss,
-                        create_model, load_checkpoint, save_checkpoint)
+from liquidflow import (ARCHS, EMA, PHYSICS, PROCESSES, SAMPLERS, TAESD, TAESD_FILES, VARIANTS,
+                        PhysicsLoss, create_model, load_checkpoint, save_checkpoint, sides)
 
-CHECKPOINT_VERSION = 2      # raised whenever what a checkpoint holds changes its meaning
+CHECKPOINT_VERSION = 3      # raised whenever what a checkpoint holds changes its meaning
 HELD_OUT = 512              # pictures that are never trained on (half, of a set below 1,024)
 TEST_SEED = 0               # chooses them and their noise: runs on the same pictures compare
 EPOCH_OF_SHAPES = 50_000    # pictures
+LATENTS_FROM = 64           # pixels; smaller pictures have latents of less than 8x8
 IN_MEMORY = 2 * 2**30       # bytes of pictures; a larger data set is read while it is trained on
 WORKERS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
               else os.cpu_count() or 1)    # processes that read it ahead
@@ -52,7 +55,6 @@ WORKERS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity"
 # What each model was designed for, and the sampler for what a process's network predicts
 PROCESS_OF = {"patch": "flow", "unet": "flow", "mamba": "diffusion"}
 SAMPLER_OF = {"velocity": "euler", "noise": "ddim"}
-SAMPLER_OPTIONS = {"ddim": dict(clip=1.0)}    # pictures lie in [-1, 1]
 
 # Training defaults. A high rate teaches a small model most per minute; larger ones want a lower.
 DEFAULTS = {
@@ -66,17 +68,35 @@ DEFAULTS = {
 
 
 # ------------------------------------------------------------------------------------------------
-# Data. A data set has len(), .labels (N,) and .classes (their names); data[indices] gives
-# pictures (B, 3, H, W) in [-1, 1] on its device, and data.batches(order) one such tensor for each
-# of many indices, in their order.
+# Data. A data set has len(), the number of its pictures, .labels (N,) and .classes (their names).
+# data[indices] gives pictures (B, 3, H, W) in [-1, 1] on its device; picture i + len(data) is
+# picture i, mirrored.
 # ------------------------------------------------------------------------------------------------
+
+class DataSet:
+    """What data sets share; each has its own len(), pictures(indices), .labels and .classes."""
+
+    latents = None    # what sample.py must know of them, where they are no pictures: see Latents
+
+    def __getitem__(self, indices):
+        return self.mirrored(self.pictures(indices % len(self)), indices)
+
+    def mirrored(self, pictures, indices):
+        """Pictures (B, 3, H, W), of which those whose index asks for it are mirrored."""
+        mirror = (indices >= len(self)).to(pictures.device)
+        return torch.where(mirror[:, None, None, None], pictures.flip(3), pictures)
+
+    def batches(self, order):
+        """self[indices] for each indices (B,) in order."""
+        return map(self.__getitem__, order)
+
 
 def scaled(images):
     """uint8 -> [-1, 1]."""
     return images.float() / 127.5 - 1
 
 
-class Pictures:
+class Pictures(DataSet):
     """A data set small enough for memory: images (N, 3, H, W) uint8, kept on the device."""
 
     def __init__(self, images, labels, classes, device):
@@ -85,12 +105,9 @@ class Pictures:
     def __len__(self):
         return len(self.images)
 
-    def __getitem__(self, indices):
+    def pictures(self, indices):
+        """(B,) -> (B, 3, H, W)."""
         return scaled(self.images[indices.to(self.images.device)])
-
-    def batches(self, order):
-        """self[indices] for each indices (B,) in order."""
-        return map(self.__getitem__, order)
 
 
 def read(source, indices):
@@ -114,7 +131,7 @@ def leave_signals(worker):
         os.setpgrp()
 
 
-class Streamed:
+class Streamed(DataSet):
     """A data set too large for memory: pictures are read and decoded when they are asked for.
 
     source: len() and source[i], which is (picture (3, H, W) uint8, label).
@@ -126,7 +143,8 @@ class Streamed:
     def __len__(self):
         return len(self.source)
 
-    def __getitem__(self, indices):
+    def pictures(self, indices):
+        """(B,) -> (B, 3, H, W)."""
         return self.checked(read(self.source, indices.tolist()))
 
     def checked(self, images):
@@ -141,10 +159,12 @@ class Streamed:
 
         The loader has a random generator of its own, so that the run's own one does not notice.
         """
-        loader = DataLoader(range(len(self)), batch_sampler=order, num_workers=WORKERS,
+        order, ahead = itertools.tee(order)    # the loader is some batches ahead
+        wanted = (indices % len(self) for indices in ahead)
+        loader = DataLoader(range(len(self)), batch_sampler=wanted, num_workers=WORKERS,
                             collate_fn=functools.partial(read, self.source),
                             worker_init_fn=leave_signals, generator=torch.Generator())
-        return map(self.checked, loader)
+        return map(self.mirrored, map(self.checked, loader), order)
 
 
 def hsv(hue, saturation, value):
@@ -154,7 +174,7 @@ def hsv(hue, saturation, value):
     return value[:, None] * (1 - saturation[:, None] * fall)
 
 
-class Shapes:
+class Shapes(DataSet):
     """The built-in data set: one shape on a two-colour gradient, drawn when it is asked for.
 
     Every picture is a function of 12 numbers in [0, 1), drawn once from the seed, so that picture i
@@ -174,7 +194,8 @@ class Shapes:
     def __len__(self):
         return len(self.numbers)
 
-    def __getitem__(self, indices):
+    def pictures(self, indices):
+        """(B,) -> (B, 3, H, W)."""
         indices = indices.to(self.numbers.device)
         kind = self.labels[indices]
         size, x0, y0, turn, angle, *colour = self.numbers[indices].T                 # (B,) each
@@ -220,10 +241,6 @@ class Shapes:
         ramp = ramp.clamp(0, 1)[:, None]                                             # (B, 1, H, W)
         first, second, ink = (c[:, :, None, None] for c in (*ground, ink))           # (B, 3, 1, 1)
         return (torch.lerp(torch.lerp(first, second, ramp), ink, cover)) * 2 - 1
-
-    def batches(self, order):
-        """self[indices] for each indices (B,) in order."""
-        return map(self.__getitem__, order)
 
 
 def fit_picture(image, size):
@@ -402,6 +419,10 @@ def stored(make, side=math.inf, package=None, files=None):
             hint = (f". --dataset shapes needs no download; what you download yourself goes to "
                     f"{root}, as {files}" if files else "")
             raise ValueError(f"--dataset {name}: {str(error).rstrip('.')}{hint}") from None
+        if args.max_images and args.max_images < len(source):
+            chosen = torch.randperm(len(source), generator=torch.Generator().manual_seed(TEST_SEED))
+            chosen = chosen[:args.max_images].sort().values.tolist()
+            source, labels = Subset(source, chosen), [labels[i] for i in chosen]
         if size > 2 * side:
             print(f"the pictures of {name} have {side} pixels: at {size} the model learns to draw "
                   "them blown up, and the more slowly for it", file=sys.stderr)
@@ -426,7 +447,7 @@ def stored(make, side=math.inf, package=None, files=None):
 # name -> function(args, device) -> data set
 DATASETS = {
     "shapes": lambda args, device: Shapes(
-        EPOCH_OF_SHAPES + HELD_OUT, args.image_size, args.seed, device),
+        args.max_images or EPOCH_OF_SHAPES + HELD_OUT, args.image_size, args.seed, device),
     "folder": stored(folder),
     "cifar10": stored(functools.partial(cifar, "CIFAR10"), 32, files="cifar-10-python.tar.gz"),
     "cifar100": stored(functools.partial(cifar, "CIFAR100"), 32, files="cifar-100-python.tar.gz"),
@@ -447,21 +468,124 @@ def held_out_split(count, seed):
     return order[held_out:], order[:held_out]
 
 
-def shuffled(indices, batch_size, seed, skip=0):
+def shuffled(indices, batch_size, seed, skip=0, mirror=0):
     """Endless batches of indices, every epoch in a new order; no picture is left out.
 
-    skip: how many batches a run that is resumed has seen already.
+    skip: how many batches a run that is resumed has seen already. mirror: what makes an index that
+    of the mirror image; it is added by the toss of a coin.
     """
     generator = torch.Generator().manual_seed(seed)
     queue = indices[:0]
     while True:
         while len(queue) < batch_size:
             queue = torch.cat([queue, indices[torch.randperm(len(indices), generator=generator)]])
+        coins = torch.randint(2, (batch_size,), generator=generator)
         if skip:
             skip -= 1
         else:
-            yield queue[:batch_size]
+            yield queue[:batch_size] + mirror * coins
         queue = queue[batch_size:]
+
+
+# ------------------------------------------------------------------------------------------------
+# Latents. An autoencoder makes pictures eight times smaller in height and in width, and the model
+# never sees a pixel. To encode takes long and always gives the same, so it is done once, before
+# the training, and kept in a file beside the run.
+# ------------------------------------------------------------------------------------------------
+
+def load_taesd(name, folder, device):
+    """The autoencoder of that name, from a folder of the user's, or downloaded if that is None."""
+    if folder is None:
+        return TAESD.pretrained(name).to(device)
+    paths = (Path(folder) / f"{name}_{half}.pth" for half in ("encoder", "decoder"))
+    return TAESD.load(*paths).to(device)
+
+
+@torch.no_grad()
+def encode_all(data, taesd, device, batch=16):
+    """Every picture's latent, then every mirrored one's: (2 N, C, h, w) float16, on the CPU.
+
+    Both, as the latent of a mirrored picture is not the mirrored latent.
+    """
+    latents, progress = [], Progress("encoding pictures, and mirrored", 2 * len(data))
+    order = torch.arange(2 * len(data)).split(batch)
+    for part, pictures in zip(order, data.batches(order)):
+        latents.append(taesd.encode(pictures.to(device)).half().cpu())
+        progress(part[-1].item() + 1)
+    progress.close()
+    return torch.cat(latents)
+
+
+def cached_latents(data, taesd, args, device):
+    """encode_all(data), from the file that a run on the same pictures left, or else into it.
+
+    The file's name has a key of all that makes the latents what they are: the pictures (their
+    number, their files' names, sizes and dates), their size, and the encoder's weights.
+    ValueError if it holds something else, or is damaged.
+    """
+    made_from = [args.dataset, str(len(data)), str(args.image_size)]
+    made_from += [hashlib.sha1(v.cpu().numpy().tobytes()).hexdigest()
+                  for v in taesd.encoder.state_dict().values()]
+    if args.dataset == "shapes":
+        made_from.append(str(args.seed))
+    else:
+        root = Path(args.data_dir or "data")
+        for path in sorted(path for path in root.rglob("*") if path.is_file()):
+            stat = path.stat()
+            made_from.append(f"{path.relative_to(root)} {stat.st_size} {stat.st_mtime_ns}")
+    key = hashlib.sha1("\n".join(made_from).encode()).hexdigest()
+    path = Path(args.out).parent / (
+        f"latents-{args.dataset}-{args.image_size}-{args.latents}-{key[:12]}.pt")
+    if path.exists():
+        saved = load_checkpoint(path)
+        if not isinstance(saved, dict) or saved.get("key") != key:
+            raise ValueError(f"{path}: made from other pictures, or by another autoencoder, than "
+                             "its name says; remove it, and they are encoded again")
+        print(f"latents from {path}")
+        return saved["latents"]
+    latents = encode_all(data, taesd, device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(path, dict(key=key, latents=latents))
+    print(f"latents kept in {path} ({path.stat().st_size / 2**20:.0f} MiB)")
+    return latents
+
+
+class Latents(DataSet):
+    """A data set of latents in place of pictures; every channel has mean 0, standard deviation 1.
+
+    latents (2 N, C, h, w), upright and mirrored; data: whose labels they have; name: of the
+    autoencoder. Samplers keep within "limit", the largest number in them.
+    """
+
+    def __init__(self, latents, data, name, device):
+        self.stored, self.labels, self.classes = latents.to(device), data.labels, data.classes
+        std, mean = zip(*(torch.std_mean(channel.float()) for channel in latents.unbind(1)))
+        mean, std = (torch.stack(v).view(-1, 1, 1) for v in (mean, std))             # (C, 1, 1)
+        self.mean, self.std = mean.to(device), std.to(device)
+        least, most = ((v - mean[:, 0, 0]) / std[:, 0, 0] for v in (
+            latents.amin((0, 2, 3)).float(), latents.amax((0, 2, 3)).float()))
+        limit = torch.maximum(-least, most).max().item()
+        self.latents = dict(name=name, mean=mean, std=std, limit=limit)
+
+    def __len__(self):
+        return len(self.stored) // 2
+
+    def __getitem__(self, indices):
+        return (self.stored[indices.to(self.stored.device)].float() - self.mean) / self.std
+
+
+@torch.no_grad()
+def decoded(x, taesd, latents):
+    """The pictures that a model drew: x itself or, with a data set's .latents, decoded by taesd."""
+    if latents is None:
+        return x
+    mean, std = latents["mean"].to(x.device), latents["std"].to(x.device)
+    return torch.cat([taesd.decode(part * std + mean) for part in x.split(8)])    # memory
+
+
+def sampler_options(name, latents):
+    """What a sampler is given beside model, process, noise and steps; latents as in decoded()."""
+    return {"clip": latents["limit"] if latents else 1.0} if name == "ddim" else {}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -827,7 +951,7 @@ def random_state(device, state=None):
 
 # What a resumed run may change: nothing that moves the weights by more than rounding, but steps
 MAY_CHANGE = {"steps", "epochs", "grad_accum", "log_every", "sample_every", "save_every", "device",
-              "compile", "data_dir", "out", "resume", "overwrite"}
+              "compile", "data_dir", "taesd_dir", "out", "resume", "overwrite"}
 
 
 def load_run(args, count):
@@ -850,9 +974,10 @@ def load_run(args, count):
     return state
 
 
-def train(args, model, data, out, device, stop, state=None):
+def train(args, model, data, taesd, out, device, stop, state=None):
     """The loop: batch, loss, step, average; now and then a line, a row of log.csv, a checkpoint.
 
+    taesd: what makes pictures of latents, if data are latents.
     state: the checkpoint that a resumed run starts from; it then goes through the same numbers as
     a run that was never stopped.
     """
@@ -876,13 +1001,13 @@ def train(args, model, data, out, device, stop, state=None):
             leftover.unlink()
     # Every process takes grad_accum parts of a batch, one after the other
     mine = torch.arange(args.batch_size).chunk(WORLD * args.grad_accum)[RANK::WORLD]
-    batches = shuffled(training, args.batch_size, args.seed, skip=first)
+    batches = shuffled(training, args.batch_size, args.seed, skip=first, mirror=len(data))
     pictures = data.batches(indices[part] for indices in batches for part in mine)
     network = compiled(model, device) if args.compile else model
     network = DistributedDataParallel(network) if WORLD > 1 else network
 
     fixed = torch.Generator().manual_seed(TEST_SEED)    # for noise that never changes
-    shape = 3, args.image_size, args.image_size
+    shape = model.config["in_channels"], *sides(model.config["image_size"])
     test_noise = torch.randn(len(held_out), *shape, generator=fixed).to(device)
     sample_noise = torch.randn(36, *shape, generator=fixed).to(device)
 
@@ -890,17 +1015,18 @@ def train(args, model, data, out, device, stop, state=None):
         """Writes ckpt.pt: all that the run needs to go on, and what sample.py needs."""
         save_checkpoint(out / "ckpt.pt", dict(
             version=CHECKPOINT_VERSION, config=model.config, process=args.process, step=step,
-            classes=data.classes, args=vars(args), pictures=len(data), ema=ema.model.state_dict(),
-            updates=ema.updates, model=model.state_dict(), optimizer=optimizer.state_dict(),
-            scaler=precision.scaler.state_dict(), random=random_state(device)))
+            classes=data.classes, latents=data.latents, args=vars(args), pictures=len(data),
+            ema=ema.model.state_dict(), updates=ema.updates, model=model.state_dict(),
+            optimizer=optimizer.state_dict(), scaler=precision.scaler.state_dict(),
+            random=random_state(device)))
 
     def show(step):
         """Draws a grid of pictures from the averaged weights; returns their held-out loss."""
         name = SAMPLER_OF[process.predicts]
-        options = SAMPLER_OPTIONS.get(name, {})
-        pictures = SAMPLERS[name](ema.model, process, sample_noise, 50, **options)
-        save_image(pictures, out / "samples" / f"step_{step:06d}.png", nrow=6, normalize=True,
-                   value_range=(-1, 1))
+        options = sampler_options(name, data.latents)
+        drawn = SAMPLERS[name](ema.model, process, sample_noise, 50, **options)
+        save_image(decoded(drawn, taesd, data.latents), out / "samples" / f"step_{step:06d}.png",
+                   nrow=6, normalize=True, value_range=(-1, 1))
         return held_out_loss(ema.model, process, lambda part: data[held_out[part]], test_noise,
                              min(128, max(32, len(mine[0]))))
 
@@ -911,13 +1037,11 @@ def train(args, model, data, out, device, stop, state=None):
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        flip = torch.rand(args.batch_size, 1, 1, 1, device=device) < 0.5
         all_t = draw_times(process, args.batch_size, device)                  # (batch,)
-        all_noise = torch.randn(args.batch_size, *shape, device=device)       # (batch, 3, H, W)
+        all_noise = torch.randn(args.batch_size, *shape, device=device)       # (batch, C, H, W)
         optimizer.zero_grad()
         for part in mine:
-            x0, t = next(pictures), all_t[part]                               # (B, 3, H, W), (B,)
-            x0 = torch.where(flip[part], x0.flip(3), x0)
+            x0, t = next(pictures), all_t[part]                               # (B, C, H, W), (B,)
             waiting = WORLD > 1 and part is not mine[-1]    # gradients are exchanged once a step
             with network.no_sync() if waiting else contextlib.nullcontext():
                 with precision.autocast():
@@ -989,8 +1113,13 @@ def parse_arguments(argv=None):
     add("--dataset", choices=DATASETS, default="shapes", 
         help="shapes needs no download; folder is any pictures of yours")
     add("--data_dir", help="the folder of pictures, or of LSUN; where to keep a download (data)")
+    add("--max_images", type=number(int, 2), help="read no more than so many pictures")
     add("--image_size", "--img_size", type=number(int, 1), default=32,
         help="side of a picture, in pixels")
+    add("--latents", nargs="?", const="taesd", choices=["off", *TAESD_FILES],
+        help="train on the latents of this autoencoder; if not given, arch mamba does from 64 "
+             "pixels up, with taesd")
+    add("--taesd_dir", help="folder of the autoencoder's files; downloaded if not given")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=number(int, 1), help="batches to train on")
     length.add_argument("--epochs", type=number(int, 1), help="the same, as passes over the data")
@@ -1024,6 +1153,10 @@ def parse_arguments(argv=None):
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.process = args.process or PROCESS_OF[args.arch]
+    made_for_latents = args.arch == "mamba" and args.image_size >= LATENTS_FROM
+    args.latents = args.latents or ("taesd" if made_for_latents else "off")
+    if args.latents != "off" and args.image_size % 8:
+        parser.error(f"--image_size {args.image_size}: latents need a multiple of 8")
     args.out = args.out or f"runs/{args.arch}-{args.variant}-{args.dataset}"
     return args
 
@@ -1035,16 +1168,32 @@ def run(args):
     # page. A block of nearly 32 MiB that comes and goes makes it keep what it has.
     torch.empty(31 * 2**20, dtype=torch.uint8)
     device = pick_device(args.device)
-    model = create_model(args.arch, args.variant, args.image_size, **dict(args.override)).to(device)
     out = Path(args.out)
     old = [path for name in ("ckpt.pt", "log.csv", "samples/step_*.png") for path in out.glob(name)]
     if old and not args.overwrite and not args.resume and not RANK:
         raise ValueError(f"{out} already holds a run: --resume goes on with it, --overwrite "
                          "replaces it, another --out leaves it alone")
     join_group(device)
+    taesd, side, channels = None, args.image_size, 3
+    if args.latents != "off":
+        if args.image_size < LATENTS_FROM:
+            print(f"latents of {side}x{side} pictures have {side // 8}x{side // 8} numbers in a "
+                  f"channel: too few to tell shapes apart; below {LATENTS_FROM} pixels train on "
+                  "pixels", file=sys.stderr)
+        taesd = first_come_first(lambda: load_taesd(args.latents, args.taesd_dir, device))
+        side, channels = side // 8, taesd.latent_channels
+    try:
+        model = create_model(args.arch, args.variant, side, channels, **dict(args.override))
+    except ValueError as error:
+        eighth = f"; latents have an eighth of --image_size {args.image_size}" if taesd else ""
+        raise ValueError(f"{error}{eighth}") from None
+    model.to(device)
     data = first_come_first(lambda: DATASETS[args.dataset](args, device))
     if len(data) < 2:
         raise ValueError("one picture is too few: one is held out, and none is left to train on")
+    if taesd:
+        latents = first_come_first(lambda: cached_latents(data, taesd, args, device))
+        data = Latents(latents, data, args.latents, device)
     training = len(held_out_split(len(data), TEST_SEED)[0])
     if args.epochs:
         args.steps = -(-args.epochs * training // args.batch_size)                # rounded up
@@ -1064,7 +1213,7 @@ def run(args):
           f"{f' and {WORLD - 1} more' if WORLD > 1 else ''}")
     start = time.time()
     with Stop() as stop:
-        train(args, model, data, out, device, stop, state)
+        train(args, model, data, taesd, out, device, stop, state)
     if WORLD > 1:
         dist.destroy_process_group()
     seconds, steps = time.time() - start, args.steps - (state["step"] if state else 0)
