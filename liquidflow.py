@@ -444,7 +444,7 @@ def carry_states(states, log_decay, initial=None, group=16):
         final = final + log_decay.sum(3, keepdim=True).exp() * initial
     if initial is not None:
         since_start = F.pad(log_decay, (1, -1)).cumsum(3).exp()[..., None]
-        entering = entering + since_start @ initial[:, :, :, None]
+        entering += since_start @ initial[:, :, :, None]
     return entering.flatten(2, 3)[:, :, :k], final
 
 
