@@ -1,4 +1,4 @@
-"""The proofs: python -m pytest. Sections follow liquidflow.py.
+"""The proofs: python -m pytest. Sections follow liquidflow.py; a benchmark (--bench) ends the file.
 
 Hypothesis draws sizes and a seed; tensors are built from the seed. Exactness is claimed, and
 checked, in float64. A tolerance stands beside the gap that was measured.
@@ -1793,7 +1793,7 @@ def bench_scan(device):
         heads = [normal(i, b, h, l, p).float().to(device).requires_grad_() for i in range(3)]
         runs = {"attention": forward_backward(functools.partial(
             F.scaled_dot_product_attention, is_causal=True), heads)}
-        if l < 16384:         # the recurrence would take minutes there, the matrix 4 GiB at a time
+        if l < 16384:         # the recurrence would take minutes there, the matrix 4 GiB a time
             runs["recurrence"] = forward_backward(lf.ssd_sequential, inputs)
             runs["quadratic"] = forward_backward(lf.ssd_quadratic, inputs)
         slow = {"recurrence": math.nan, "quadratic": math.nan, **medians(runs, device, seconds=1)}
