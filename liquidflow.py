@@ -380,81 +380,83 @@ def ssd_sequential(x, log_decay, Bm, Cm, initial_state=None):
     return torch.stack(y, dim=1).to(dtype), state
 
 
-def segment_sum(a):
-    """(..., l) -> (..., l, l): entry [t, s] = a_{s+1} + ... + a_t for s <= t, -inf for s > t.
+def fading(log_decay):
+    """(..., l) -> (..., l, l): entry [t, s] = exp(a_{s+1} + ... + a_t), 1 for s > t (to be masked).
 
-    The natural way, cumsum(a)[t] - cumsum(a)[s], loses digits: after a hundred decays of -60 they
-    are large, and their difference errs by 1e-3 in float32. Here each column is summed on its own,
-    from zero. The -inf is put in before any exp: exp first and mask later gives inf * 0 = nan.
+    The natural way, exp(cumsum(a)[t] - cumsum(a)[s]), loses digits: after a hundred decays of -60
+    the sums are large, and their difference errs by 1e-3 in float32; for s > t it overflows. Here
+    each column is summed on its own, from zero. In place: no tensor of this section is larger.
     """
-    l = a.shape[-1]
-    ones = torch.ones(l, l, dtype=torch.bool, device=a.device)
-    column = a[..., :, None].expand(*a.shape, l).masked_fill(~ones.tril(-1), 0)    # a_t where s < t
-    return column.cumsum(-2).masked_fill(~ones.tril(), -torch.inf)
+    a, l = log_decay.contiguous(), log_decay.shape[-1]
+    column = a[..., None] * torch.ones(l, l, dtype=a.dtype, device=a.device).tril(-1)
+    return column.cumsum_(-2).exp_()                                    # column s: a_t where s < t
 
 
-def read_state(Cm, state, decay):
-    """What each token reads from a state that entered from the left: (b, l, h, p).
+def write_state(x, log_decay, Bm):
+    """The state that tokens leave behind, each faded by the decays after it: (b, h, p, n)."""
+    b, l, g, n = Bm.shape
+    after = F.pad(log_decay, (0, 0, -1, 1)).flip(1).cumsum(1).flip(1)              # (b, l, h)
+    faded = (x * after.exp().to(x.dtype)[..., None]).reshape(b, l, g, -1)          # (b, l, g, r p)
+    state = Bm.permute(0, 2, 3, 1) @ faded.transpose(1, 2)                         # (b, g, n, r p)
+    return state.unflatten(3, (-1, x.shape[3])).permute(0, 1, 3, 4, 2).flatten(1, 2)
 
-    Cm (b, l, g, n), state (b, h, p, n), decay (b, l, h): what is left of the state at each token.
-    """
+
+def read_state(Cm, state, log_decay):
+    """What tokens read of a state (b, h, p, n) that entered from the left: (b, l, h, p)."""
     b, l, g, n = Cm.shape
-    h, p = state.shape[1:3]
-    y = torch.einsum("blgn,bgrpn->blgrp", Cm, state.view(b, g, h // g, p, n))
-    return y.reshape(b, l, h, p) * decay[..., None]
+    table = state.unflatten(1, (g, -1)).permute(0, 1, 4, 2, 3).flatten(3)          # (b, g, n, r p)
+    y = (Cm.transpose(1, 2) @ table).transpose(1, 2).reshape(b, l, *state.shape[1:3])
+    return y * log_decay.cumsum(1).exp().to(y.dtype)[..., None]
 
 
 def ssd_quadratic(x, log_decay, Bm, Cm, initial_state=None):
     """The dual form: the masked (l, l) matrix M, times x. All tokens at once, cost l^2."""
-    b, l, h, p = x.shape
-    g, n = Bm.shape[2:]
-    r, log_decay = h // g, full(log_decay)
-    decay = segment_sum(log_decay.transpose(1, 2)).exp().to(x.dtype)               # (b, h, l, l)
-    scores = Cm.transpose(1, 2) @ Bm.permute(0, 2, 3, 1)                           # (b, g, l, l)
-    M = scores[:, :, None] * decay.view(b, g, r, l, l)                             # (b, g, r, l, l)
-    y = (M.flatten(1, 2) @ x.transpose(1, 2)).transpose(1, 2)                      # (b, l, h, p)
-
-    # What is left of token s at the end is the last row of the decays, exp(a_{s+1} + ... + a_l).
-    fading = (x * decay[:, :, -1].transpose(1, 2)[..., None]).view(b, l, g, r, p)
-    state = torch.einsum("blgrp,blgn->bgrpn", fading, Bm).reshape(b, h, p, n)
+    b, l, h, p, log_decay = *x.shape, full(log_decay)
+    decay = fading(log_decay.transpose(1, 2)).to(x.dtype)                          # (b, h, l, l)
+    scores = (Cm.transpose(1, 2) @ Bm.permute(0, 2, 3, 1)).tril()                  # (b, g, l, l)
+    M = scores[:, :, None] * decay.unflatten(1, (Bm.shape[2], -1))                 # (b, g, r, l, l)
+    y = (M.flatten(0, 2) @ x.transpose(1, 2).flatten(0, 1)).view(b, h, l, p).transpose(1, 2)
+    state = full(write_state(x, log_decay, Bm))                                    # (b, h, p, n)
     if initial_state is not None:
-        since_start = log_decay.cumsum(1).exp().to(x.dtype)                        # (b, l, h)
-        y = y + read_state(Cm, initial_state.to(x.dtype), since_start)
-        state = full(state) + since_start[:, -1, :, None, None] * initial_state
-    return y.to(x.dtype), full(state)
+        y = read_state(Cm, initial_state.to(x.dtype), log_decay) + y               # (b, l, h, p)
+        state = state + log_decay.sum(1).exp()[..., None, None] * initial_state
+    return y.to(x.dtype), state
 
 
-def carry_states(states, log_decay, group=32):
-    """The recurrence between chunks: R_j = exp(log_decay_j) * R_{j-1} + states_j, for all j.
+def carry_states(states, log_decay, initial=None, group=16):
+    """The recurrence between chunks: what each adds -> what enters each, what leaves the last.
 
-    states (b, k, h, p, n), log_decay (b, k, h) -> R (b, k, h, p, n). Up to `group` chunks are one
-    product with the matrix of chunk-to-chunk decays. More would make that matrix grow with k^2, so
-    they are cut into groups, and what each group leaves behind is carried by the same function one
-    level up: cost linear in k, depth logarithmic.
+    states (b, h, k, m), log_decay (b, h, k), initial (b, h, 1, m) -> (b, h, k, m), (b, h, 1, m).
+    Up to `group` chunks are one product with the matrix of their decays. More are cut into groups,
+    which count as chunks one level up, carried by the same function: cost linear in k.
     """
-    b, k, h, p, n = states.shape
-    if k <= group:
-        decay = segment_sum(log_decay.transpose(1, 2)).exp().to(states.dtype)      # (b, h, k, k)
-        return torch.einsum("bhij,bjhpn->bihpn", decay, states)
-    pad = -k % group
-    states = F.pad(states, (0, 0, 0, 0, 0, 0, 0, pad)).reshape(-1, group, h, p, n)
-    log_decay = F.pad(log_decay, (0, 0, 0, pad)).reshape(-1, group, h)
-    within = carry_states(states, log_decay, group)                                # from zero
-    last = within[:, -1].view(b, -1, h, p, n)                                      # of each group
-    entering = carry_states(last, log_decay.sum(1).view(b, -1, h), group)
-    entering = F.pad(entering, (0, 0, 0, 0, 0, 0, 1, -1)).reshape(-1, 1, h, p, n)  # group before
-    since_start = log_decay.cumsum(1).exp().to(states.dtype)[..., None, None]
-    return (within + since_start * entering).reshape(b, -1, h, p, n)[:, :k]
+    k = states.shape[2]
+    group, pad = min(k, group), -k % min(k, group)
+    if pad:
+        states, log_decay = F.pad(states, (0, 0, 0, pad)), F.pad(log_decay, (0, pad))
+    states, log_decay = (v.unflatten(2, (-1, group)) for v in (states, log_decay))
+    decay = fading(log_decay).tril()                                # (b, h, groups, group, group)
+    final = (decay[..., -1:, :] @ states).squeeze(3)                # of each group
+    entering = F.pad(decay, (0, 0, 1, -1)) @ states                 # the row of the chunk before
+    if k > group:
+        initial, final = carry_states(final, log_decay.sum(3), initial)
+    elif initial is not None:
+        final = final + log_decay.sum(3, keepdim=True).exp() * initial
+    if initial is not None:
+        since_start = F.pad(log_decay, (1, -1)).cumsum(3).exp()[..., None]
+        entering += since_start @ initial[:, :, :, None]
+    return entering.flatten(2, 3)[:, :, :k], final
 
 
 def ssd_chunked(x, log_decay, Bm, Cm, initial_state=None, chunk_size=None):
     """The fast form: quadratic inside a chunk, states carried between chunks; cost linear in l.
 
-    chunk_size trades memory for speed and never changes the result (None: chosen by length).
-    Any l >= 1 and any chunk_size >= 1 (else ValueError).
+    chunk_size >= 1 (else ValueError) never changes the result. None: the power of 2 that makes M of
+    a chunk about as large as a state, since both are computed; l <= 64 is not worth cutting.
     """
-    b, l, h, p = x.shape
-    q = (64 if l <= 4096 else 128) if chunk_size is None else chunk_size
+    b, l, h, p, n, log_decay = *x.shape, Bm.shape[3], full(log_decay)
+    default = max(64 if l <= 64 else 16, 2 ** round(math.log2(p * n) / 2))
+    q = default if chunk_size is None else chunk_size
     if q < 1:
         raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
     if l <= q:
@@ -462,27 +464,25 @@ def ssd_chunked(x, log_decay, Bm, Cm, initial_state=None, chunk_size=None):
 
     # Pad to whole chunks. Decay 1 and input 0 leave a state as it is, so padding is exact.
     k, pad = math.ceil(l / q), -l % q
-    x, Bm, Cm = (F.pad(v, (0, 0, 0, 0, 0, pad)).reshape(b * k, q, *v.shape[2:])
-                 for v in (x, Bm, Cm))
-    log_decay = F.pad(full(log_decay), (0, 0, 0, pad)).reshape(b * k, q, h)        # (b k, q, h)
+    if pad:
+        x, Bm, Cm = (F.pad(v, (0, 0, 0, 0, 0, pad)) for v in (x, Bm, Cm))
+        log_decay = F.pad(log_decay, (0, 0, 0, pad))
+    x, log_decay, Bm, Cm = (v.reshape(b * k, q, *v.shape[2:]) for v in (x, log_decay, Bm, Cm))
 
-    # 1. Every chunk by itself, as if it were a sequence: what its tokens tell each other ...
-    # 2. ... and the state that it leaves behind.
-    y, states = ssd_quadratic(x, log_decay, Bm, Cm)                                # (b k, q, h, p)
-    states = states.view(b, k, h, p, -1)                                           # (b, k, h, p, n)
+    # 1. Every chunk as if it were a sequence, by itself, and 2. the state that it leaves behind.
+    y, states = ssd_quadratic(x, log_decay, Bm, Cm)               # (b k, q, h, p), (b k, h, p, n)
 
-    # 3. The state that enters each chunk: the initial one goes first, then shift by one chunk.
-    if initial_state is None:
-        initial_state = torch.zeros_like(states[:, 0])
-    states = torch.cat([initial_state[:, None], states], dim=1)                    # (b, k + 1, ...)
-    between = F.pad(log_decay.sum(1).view(b, k, h), (0, 0, 1, 0))                  # (b, k + 1, h)
+    # 3. The state that enters each chunk. It is the other way round in memory, n before p.
+    states = states.unflatten(0, (b, k)).permute(0, 2, 1, 4, 3).flatten(3)         # (b, h, k, n p)
+    between = log_decay.sum(1).view(b, k, h).transpose(1, 2)                       # (b, h, k)
+    initial = None if initial_state is None else full(initial_state).mT.flatten(2)[:, :, None]
     with torch.autocast(x.device.type, enabled=False):    # cumulated, so not in half precision
-        states = carry_states(full(states), between)
-    entering, final_state = states[:, :-1].flatten(0, 1).to(x.dtype), states[:, -1]
+        entering, final_state = carry_states(states, between, initial)
+    entering = entering.view(b, h, k, n, p).permute(0, 2, 3, 1, 4).reshape(b * k, n, h, p)
 
     # 4. What each token reads from the state that entered its chunk.
-    y = y + read_state(Cm, entering, log_decay.cumsum(1).exp().to(y.dtype))
-    return y.reshape(b, k * q, h, p)[:, :l].to(x.dtype), final_state
+    y = read_state(Cm, entering.permute(0, 2, 3, 1).to(x.dtype), log_decay) + y
+    return y.reshape(b, k * q, h, p)[:, :l].to(x.dtype), final_state.view(b, h, n, p).mT
 
 
 # ------------------------------------------------------------------------------------------------
@@ -522,7 +522,7 @@ class Mamba2(nn.Module):
         self.sizes = d_inner, ngroups * d_state, nheads, d_conv_in
 
         self.in_proj = nn.Linear(d_model, d_inner + d_conv_in + nheads, bias=False)
-        self.conv1d = nn.Conv1d(d_conv_in, d_conv_in, d_conv, groups=d_conv_in, padding=d_conv - 1)
+        self.conv1d = nn.Conv1d(d_conv_in, d_conv_in, d_conv, groups=d_conv_in)
         # Steps start log-uniform between 1e-3 and 1e-1: some heads remember long, some briefly.
         dt = torch.exp(torch.empty(nheads).uniform_(math.log(1e-3), math.log(1e-1)))
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))      # softplus(dt_bias) = dt
@@ -532,12 +532,12 @@ class Mamba2(nn.Module):
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
 
     def forward(self, u):
-        b, l, _ = u.shape
         d_inner, d_bc, nheads, d_conv_in = self.sizes
         z, xBC, dt = self.in_proj(u).split([d_inner, d_conv_in, nheads], dim=-1)    # (b, l, ...)
-        # The convolution is padded on both sides; keeping the first l outputs makes it causal.
-        xBC = F.silu(self.conv1d(xBC.transpose(1, 2))[..., :l].transpose(1, 2))
-        x, Bm, Cm = xBC.split([d_inner, d_bc, d_bc], dim=-1)
+        # Padded on the left only, so causal. conv2d, since it takes channels last without a copy.
+        xBC = F.pad(xBC, (0, 0, self.conv1d.kernel_size[0] - 1, 0)).transpose(1, 2)[:, :, None]
+        xBC = F.conv2d(xBC, self.conv1d.weight[:, :, None], self.conv1d.bias, groups=d_conv_in)
+        x, Bm, Cm = F.silu(xBC[:, :, 0].transpose(1, 2)).split([d_inner, d_bc, d_bc], dim=-1)
         x = x.unflatten(-1, (nheads, self.headdim))                                 # (b, l, h, p)
         Bm, Cm = (v.unflatten(-1, (self.ngroups, -1)) for v in (Bm, Cm))            # (b, l, g, n)
 

@@ -1,9 +1,10 @@
-"""The proofs: python -m pytest. Sections follow liquidflow.py.
+"""The proofs: python -m pytest. Sections follow liquidflow.py; a benchmark (--bench) ends the file.
 
 Hypothesis draws sizes and a seed; tensors are built from the seed. Exactness is claimed, and
 checked, in float64. A tolerance stands beside the gap that was measured.
 """
 
+import argparse
 import ast
 import copy
 import csv
@@ -16,6 +17,7 @@ import math
 import os
 import pickle
 import random
+import resource
 import shutil
 import signal
 import socket
@@ -2133,3 +2135,215 @@ def test_names_are_defined_before_they_are_used():
     early = [f"{node.id} in line {node.lineno}" for node in ast.walk(tree)
              if isinstance(node, ast.Name) and node.lineno < defined.get(node.id, 0)]
     assert not early
+
+
+# ------------------------------------------------------------------------------------------------
+# The benchmark: python test_liquidflow.py --bench (pytest times nothing)
+# ------------------------------------------------------------------------------------------------
+# Competitors of one question take turns in one process, after a round that is not counted; medians
+# of forward + backward are printed. Ratios mean more than milliseconds, which differ by machine.
+
+SCANS = [(8, 256, 4, 64, 64), (32, 256, 8, 32, 16), (4, 1024, 4, 64, 64), (1, 4096, 4, 64, 64),
+         (1, 16384, 4, 64, 64)]                                                    # b, l, h, p, n
+
+
+def published_ssd(x, log_decay, Bm, Cm, q):
+    """The published four steps, plainly: Bm and Cm for every head, all decays between chunks."""
+    b, l, h, p = x.shape
+
+    def sums(a):    # entry [t, s] = a_{s+1} + ... + a_t, -inf for s > t
+        ones = torch.ones(a.shape[-1], a.shape[-1], dtype=torch.bool, device=a.device)
+        column = a[..., None].expand(*a.shape, a.shape[-1]).masked_fill(~ones.tril(-1), 0)
+        return column.cumsum(-2).masked_fill(~ones.tril(), -torch.inf)
+
+    Bm, Cm = (v.repeat_interleave(h // v.shape[2], 2) for v in (Bm, Cm))
+    x, Bm, Cm = (v.reshape(b, l // q, q, h, -1) for v in (x, Bm, Cm))              # (b, k, q, h, -)
+    a = log_decay.reshape(b, l // q, q, h).permute(0, 3, 1, 2)                     # (b, h, k, q)
+    total = a.cumsum(-1)
+    y = torch.einsum("bkthn,bkshn,bhkts,bkshp->bkthp", Cm, Bm, sums(a).exp(), x)
+    states = torch.einsum("bkshn,bhks,bkshp->bkhpn", Bm, (total[..., -1:] - total).exp(), x)
+    states = torch.cat([torch.zeros_like(states[:, :1]), states], 1)               # k + 1 of them
+    between = sums(F.pad(total[..., -1], (1, 0))).exp()                      # (b, h, k + 1, k + 1)
+    states = torch.einsum("bhij,bjhpn->bihpn", between, states)
+    y = y + torch.einsum("bkthn,bkhpn,bhkt->bkthp", Cm, states[:, :-1], total.exp())
+    return y.reshape(b, l, h, p), states[:, -1]
+
+
+class Attention(nn.Module):
+    """A mixer for comparison, with the arguments of lf.MIXERS: every token looks at every other."""
+
+    def __init__(self, dim, headdim=64, **unused):
+        super().__init__()
+        self.headdim, self.qkv, self.out = headdim, nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, u):
+        q, k, v = self.qkv(u).unflatten(-1, (3, -1, self.headdim)).permute(2, 0, 3, 1, 4)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def scan_inputs(b, l, h, p, n, device):
+    """x, log_decay, Bm and Cm that ask for gradients."""
+    values = (normal(0, b, l, h, p), -0.1 * uniform(1, b, l, h), normal(2, b, l, 1, n),
+              normal(3, b, l, 1, n))
+    return [v.float().to(device).requires_grad_() for v in values]
+
+
+def forward_backward(function, inputs, parameters=()):
+    """A function without arguments that computes function(*inputs) and all gradients."""
+    def step():
+        for v in (*inputs, *parameters):
+            v.grad = None
+        with torch.autocast("cuda", torch.float16, enabled=inputs[0].is_cuda):
+            y = function(*inputs)
+        y = y[0] if isinstance(y, tuple) else y
+        y.backward(torch.ones_like(y))
+    return step
+
+
+def medians(competitors, device, seconds=5):
+    """{name: function without arguments} -> {name: median milliseconds}; they take turns."""
+    taken = {name: [] for name in competitors}
+    start = None
+    while start is None or len(taken[name]) < 4 or time.perf_counter() - start < seconds:
+        for name, function in competitors.items():
+            begin = time.perf_counter()
+            try:
+                function()
+            except torch._dynamo.exc.TorchDynamoException:      # torch.compile lacks its compiler
+                taken[name].append(math.nan)
+                continue
+            if device == "cuda":
+                torch.cuda.synchronize()
+            taken[name].append(1e3 * (time.perf_counter() - begin))
+        start = start or time.perf_counter()          # the first round only warms up
+    return {name: float(np.median(values[1:])) for name, values in taken.items()}
+
+
+def one_step_memory(name, device):
+    """Peak MiB of one scan of the largest size, of the whole process on a CPU ("nothing": none)."""
+    functions = {"ours": lf.ssd_chunked, "published": functools.partial(published_ssd, q=64)}
+    if name in functions:
+        forward_backward(functions[name], scan_inputs(*SCANS[-1], device))()
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def bench_memory(device):
+    """A process for each. Asked first: a process inherits the peak of the one that starts it."""
+    code = "import test_liquidflow as t; print(t.one_step_memory({!r}, {!r}))"
+    peak = {name: float(subprocess.check_output(
+        [sys.executable, "-c", code.format(name, device)], cwd=HERE))
+        for name in ("nothing", "ours", "published")}
+    ours, published = (peak[name] - peak["nothing"] for name in ("ours", "published"))
+    print(f"peak memory at l = {SCANS[-1][1]}: ours {ours:.0f} MiB, published {published:.0f} MiB, "
+          f"ours / published {ours / published:.2f}\n")
+
+
+def bench_scan(device):
+    """Our scan against the recurrence, the quadratic form, the published steps and attention."""
+    print("the scan, ms forward + backward (best chunk size)\n"
+          f"{'b, l, h, p, n':<21}{'ours':>15}{'default':>9}{'published':>14}{'ratio':>7}"
+          f"{'recurrence':>12}{'ratio':>7}{'quadratic':>11}{'attention':>11}{'compiled':>11}")
+    size = 2**26
+    source, matrix = torch.empty(size, device=device), torch.randn(2048, 2048, device=device)
+    matrix = matrix.half() if device == "cuda" else matrix
+    target = torch.empty_like(source)
+    took = medians({"copy": lambda: target.copy_(source), "product": lambda: matrix @ matrix},
+                   device, seconds=1)
+    bandwidth, rate = 8 * size / took["copy"], 2 * 2048**3 / took["product"]       # for each ms
+    rows, floors = [], []
+    for b, l, h, p, n in SCANS:
+        inputs = scan_inputs(b, l, h, p, n, device)
+        runs = {("ours", "default"): lf.ssd_chunked}
+        for q in (32, 64, 128):
+            runs["ours", q] = functools.partial(lf.ssd_chunked, chunk_size=q)
+            runs["published", q] = functools.partial(published_ssd, q=q)
+        if device == "cuda":
+            runs["compiled", "default"] = torch.compile(lf.ssd_chunked)
+        ms = medians({name: forward_backward(function, inputs) for name, function in runs.items()},
+                     device, seconds=5)
+        (ours, our_q), (published, its_q) = (
+            min((ms[name], name[1]) for name in ms if name[0] == kind)
+            for kind in ("ours", "published"))
+
+        # The slow ones by themselves: they need so much memory that they delay who comes next.
+        heads = [normal(i, b, h, l, p).float().to(device).requires_grad_() for i in range(3)]
+        runs = {"attention": forward_backward(functools.partial(
+            F.scaled_dot_product_attention, is_causal=True), heads)}
+        if l < 16384:         # the recurrence would take minutes there, the matrix 4 GiB a time
+            runs["recurrence"] = forward_backward(lf.ssd_sequential, inputs)
+            runs["quadratic"] = forward_backward(lf.ssd_quadratic, inputs)
+        slow = {"recurrence": math.nan, "quadratic": math.nan, **medians(runs, device, seconds=1)}
+        print(f"{str((b, l, h, p, n)):<21}{f'{ours:.1f} ({our_q})':>15}"
+              f"{ms['ours', 'default']:>9.1f}{f'{published:.1f} ({its_q})':>14}"
+              f"{published / ours:>7.2f}{slow['recurrence']:>12.1f}"
+              f"{slow['recurrence'] / ours:>7.1f}{slow['quadratic']:>11.1f}"
+              f"{slow['attention']:>11.1f}{ms.get(('compiled', 'default'), math.nan):>11.1f}")
+        rows.append((ours, published))
+        # Inputs are read twice and their gradients written; a product is three with its gradients.
+        numbers = 3 * b * l * (h * p + h + 2 * n) + 2 * b * l * h * p
+        flops = 3 * 2 * b * l * (64 * n + h * p * (64 + 2 * n))
+        floors.append(f"{4 * numbers / bandwidth:.1f} + {flops / rate:.1f}")
+    ratio = np.exp(np.mean([np.log(published / ours) for ours, published in rows]))
+    ms = {l: medians({"": forward_backward(lf.ssd_chunked, scan_inputs(1, l, 4, 64, 64, device))},
+                     device)[""] for l in (1024, 16384)}
+    print(f"nan: not run (too slow, too large, or a GPU only)\n"
+          f"floor, ms for bytes + operations (q = 64) at the measured rates: {', '.join(floors)}\n"
+          f"published / ours, geometric mean: {ratio:.2f}\n"
+          f"time at 16384 / time at 1024, b = 1: {ms[16384] / ms[1024]:.1f}\n")
+
+
+def bench_training(device):
+    """Pictures a second of a training step, and where the scan overtakes attention."""
+    lf.MIXERS["attention"] = Attention
+    print("training step, pictures/s\nmodel         side   scan  attention")
+    for arch, variant, side in [(a, v, s) for a in lf.ARCHS for v in ("nano", "tiny")
+                                for s in (32, 64)]:
+        batch = (32 if variant == "nano" else 8) * 32 // side
+        x, runs = torch.rand(batch, 3, side, side, device=device) * 2 - 1, {}
+        for name, option in (("scan", {}), ("attention", {"mixer": "attention"})):
+            if arch == "unet" and option:
+                continue
+            model = lf.create_model(arch, variant, side, **option).to(device)
+            optimizer, flow = torch.optim.AdamW(model.parameters()), lf.RectifiedFlow()
+            step = forward_backward(lambda x, model=model, flow=flow: flow.loss(model, x)[0], [x],
+                                    list(model.parameters()))
+            runs[name] = lambda step=step, optimizer=optimizer: (step(), optimizer.step())
+        ms = {"attention": math.nan, **medians(runs, device, seconds=1)}
+        print(f"{arch + ' ' + variant:<13}{side:>5}{1e3 * batch / ms['scan']:>7.1f}"
+              f"{1e3 * batch / ms['attention']:>11.1f}")
+    del lf.MIXERS["attention"]
+    print("\nmixers alone, 4096 tokens in all, ms\n    d      l   scan  attention")
+    for d, options in (96, dict(d_state=16, expand=1, headdim=48)), (256, dict(d_state=64)):
+        for l in 64, 256, 1024, 4096:
+            u = torch.randn(4096 // l, l, d, device=device)
+            mixers = {cls.__name__: cls(d, **options).to(device) for cls in (lf.Mamba2, Attention)}
+            ms = medians({name: forward_backward(mixer, [u], list(mixer.parameters()))
+                          for name, mixer in mixers.items()}, device, seconds=1)
+            print(f"{d:>5}{l:>7}{ms['Mamba2']:>7.1f}{ms['Attention']:>11.1f}")
+
+
+def bench_sampling(device):
+    model, noise = lf.create_model("patch", "nano", 32).to(device), torch.randn(64, 3, 32, 32)
+    noise, flow = noise.to(device), lf.RectifiedFlow()
+
+    def draw():
+        with torch.autocast("cuda", torch.float16, enabled=device == "cuda"):
+            lf.SAMPLERS["euler"](model, flow, noise, 50)
+    ms = medians({"": draw}, device, seconds=1)[""]
+    print(f"\nsampling, patch nano, 32 px, 64 at once, 50 Euler steps: {64e3 / ms:.1f} pictures/s")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="The tests are run by: python -m pytest")
+    parser.add_argument("--bench", action="store_true", help="time the scan, training and sampling")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    arguments = parser.parse_args()
+    if not arguments.bench:
+        parser.print_help()
+    else:
+        torch.empty(31 * 2**20, dtype=torch.uint8)    # keeps memory from the system, see train.run
+        torch.manual_seed(0)
+        for question in bench_memory, bench_scan, bench_training, bench_sampling:
+            question(arguments.device)
