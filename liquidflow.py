@@ -348,19 +348,18 @@ class ParallelCfC(nn.Module):
 #     S_t = exp(log_decay_t) * S_{t-1} + x_t (outer) Bm_t          (p, n)
 #     y_t = S_t Cm_t                                               (p,)
 #
-# Written out, y_t is a weighted sum over all earlier tokens, with weights
+# Written out, y_t is a weighted sum over itself and all earlier tokens, with weights
 #
 #     M[t, s] = (Cm_t . Bm_s) * exp(log_decay_{s+1} + ... + log_decay_t)   for s <= t, else 0
 #
 # which is attention with queries Cm, keys Bm, values x, and a decay in place of the softmax. That
-# is the duality: the same numbers by a loop over l, or by an (l, l) matrix. The loop cannot be
-# parallelised, the matrix costs l^2; cutting the sequence into chunks gives the best of both.
+# is the duality: the same numbers by a loop over l, or by an (l, l) matrix. The loop takes l steps
+# that wait for each other, the matrix costs l^2; chunks of the sequence give the best of both.
 #
-# All three functions share these arguments and results (x already multiplied by the step dt; t
-# counts tokens in this section):
-#     x (b, l, h, p), log_decay (b, l, h) <= 0, Bm and Cm (b, l, g, n), head i uses group
-#     i // (h / g); initial_state (b, h, p, n), zero if None -> y (b, l, h, p), final state
-#     (b, h, p, n); g must divide h.
+# The three ssd functions share arguments and results (x already multiplied by the step dt; t counts
+# tokens in this section; "r p" in a shape is one axis of r * p numbers):
+#     x (b, l, h, p), log_decay (b, l, h) <= 0, Bm and Cm (b, l, g, n), head i uses group i // r,
+#     r = h / g; initial_state (b, h, p, n), zero if None -> y (b, l, h, p), a final state like it.
 # Source: Dao & Gu (2024), "Transformers are SSMs", the state space duality model.
 
 def ssd_sequential(x, log_decay, Bm, Cm, initial_state=None):
@@ -383,19 +382,19 @@ def ssd_sequential(x, log_decay, Bm, Cm, initial_state=None):
 def fading(log_decay):
     """(..., l) -> (..., l, l): entry [t, s] = exp(a_{s+1} + ... + a_t), 1 for s > t (to be masked).
 
-    The natural way, exp(cumsum(a)[t] - cumsum(a)[s]), loses digits: after a hundred decays of -60
-    the sums are large, and their difference errs by 1e-3 in float32; for s > t it overflows. Here
-    each column is summed on its own, from zero. In place: no tensor of this section is larger.
+    exp(cumsum(a)[t] - cumsum(a)[s]) would lose digits: after a hundred decays of -60 the sums are
+    large, and their difference errs by 5e-4 in float32. So each column is summed by itself.
     """
-    a, l = log_decay.contiguous(), log_decay.shape[-1]
-    column = a[..., None] * torch.ones(l, l, dtype=a.dtype, device=a.device).tril(-1)
-    return column.cumsum_(-2).exp_()                                    # column s: a_t where s < t
+    # exp(-1e4) is 0 even in float64, and -inf * 0 would be nan
+    a, l = log_decay.clamp(min=-1e4).contiguous(), log_decay.shape[-1]
+    column = a[..., None] * torch.ones(l, l, dtype=a.dtype, device=a.device).tril(-1)  # a_t, s < t
+    return column.cumsum_(-2).exp_()
 
 
 def write_state(x, log_decay, Bm):
     """The state that tokens leave behind, each faded by the decays after it: (b, h, p, n)."""
     b, l, g, n = Bm.shape
-    after = F.pad(log_decay, (0, 0, -1, 1)).flip(1).cumsum(1).flip(1)              # (b, l, h)
+    after = F.pad(log_decay, (0, 0, -1, 1)).flip(1).cumsum(1).flip(1)     # summed from the end
     faded = (x * after.exp().to(x.dtype)[..., None]).reshape(b, l, g, -1)          # (b, l, g, r p)
     state = Bm.permute(0, 2, 3, 1) @ faded.transpose(1, 2)                         # (b, g, n, r p)
     return state.unflatten(3, (-1, x.shape[3])).permute(0, 1, 3, 4, 2).flatten(1, 2)
@@ -403,58 +402,58 @@ def write_state(x, log_decay, Bm):
 
 def read_state(Cm, state, log_decay):
     """What tokens read of a state (b, h, p, n) that entered from the left: (b, l, h, p)."""
-    b, l, g, n = Cm.shape
-    table = state.unflatten(1, (g, -1)).permute(0, 1, 4, 2, 3).flatten(3)          # (b, g, n, r p)
-    y = (Cm.transpose(1, 2) @ table).transpose(1, 2).reshape(b, l, *state.shape[1:3])
+    g, p = Cm.shape[2], state.shape[2]
+    state = state.unflatten(1, (g, -1)).permute(0, 1, 4, 2, 3).flatten(3)          # (b, g, n, r p)
+    y = (Cm.transpose(1, 2) @ state).transpose(1, 2).unflatten(3, (-1, p)).flatten(2, 3)
     return y * log_decay.cumsum(1).exp().to(y.dtype)[..., None]
 
 
 def ssd_quadratic(x, log_decay, Bm, Cm, initial_state=None):
     """The dual form: the masked (l, l) matrix M, times x. All tokens at once, cost l^2."""
-    b, l, h, p, log_decay = *x.shape, full(log_decay)
+    log_decay = full(log_decay)
     decay = fading(log_decay.transpose(1, 2)).to(x.dtype)                          # (b, h, l, l)
-    scores = (Cm.transpose(1, 2) @ Bm.permute(0, 2, 3, 1)).tril()                  # (b, g, l, l)
+    scores = (Cm.transpose(1, 2) @ Bm.permute(0, 2, 3, 1)).tril()    # masks M; (b, g, l, l)
     M = scores[:, :, None] * decay.unflatten(1, (Bm.shape[2], -1))                 # (b, g, r, l, l)
-    y = (M.flatten(0, 2) @ x.transpose(1, 2).flatten(0, 1)).view(b, h, l, p).transpose(1, 2)
+    y = (M.flatten(1, 2) @ x.transpose(1, 2)).transpose(1, 2)                      # (b, l, h, p)
     state = full(write_state(x, log_decay, Bm))                                    # (b, h, p, n)
     if initial_state is not None:
-        y = read_state(Cm, initial_state.to(x.dtype), log_decay) + y               # (b, l, h, p)
+        y = read_state(Cm, initial_state.to(x.dtype), log_decay) + y
         state = state + log_decay.sum(1).exp()[..., None, None] * initial_state
     return y.to(x.dtype), state
 
 
-def carry_states(states, log_decay, initial=None, group=16):
-    """The recurrence between chunks: what each adds -> what enters each, what leaves the last.
+def carry_states(states, log_decay, initial, span=16):
+    """The recurrence between chunks: what enters each, and what leaves the last.
+
+        entering_{j+1} = exp(log_decay_j) * entering_j + states_j,   entering_0 = initial
 
     states (b, h, k, m), log_decay (b, h, k), initial (b, h, 1, m) -> (b, h, k, m), (b, h, 1, m).
-    Up to `group` chunks are one product with the matrix of their decays. More are cut into groups,
-    which count as chunks one level up, carried by the same function: cost linear in k.
+    Each span of chunks is one product with the matrix of its decays. What enters each span is the
+    same question one level up, where spans are chunks: cost linear in k.
     """
     k = states.shape[2]
-    group, pad = min(k, group), -k % min(k, group)
+    span, pad = min(k, span), -k % min(k, span)
     if pad:
         states, log_decay = F.pad(states, (0, 0, 0, pad)), F.pad(log_decay, (0, pad))
-    states, log_decay = (v.unflatten(2, (-1, group)) for v in (states, log_decay))
-    decay = fading(log_decay).tril()                                # (b, h, groups, group, group)
-    final = (decay[..., -1:, :] @ states).squeeze(3)                # of each group
-    entering = F.pad(decay, (0, 0, 1, -1)) @ states                 # the row of the chunk before
-    if k > group:
-        initial, final = carry_states(final, log_decay.sum(3), initial)
-    elif initial is not None:
-        final = final + log_decay.sum(3, keepdim=True).exp() * initial
-    if initial is not None:
-        since_start = F.pad(log_decay, (1, -1)).cumsum(3).exp()[..., None]
-        entering += since_start @ initial[:, :, :, None]
-    return entering.flatten(2, 3)[:, :, :k], final
+    states, log_decay = (v.unflatten(2, (-1, span)) for v in (states, log_decay))
+    # at the span + 1 borders of the chunks of a span: what its chunks left, what fades since
+    decay = F.pad(fading(log_decay).tril(), (0, 0, 1, 0))           # (b, h, spans, span + 1, span)
+    since = F.pad(log_decay, (1, 0)).cumsum(3)[..., None]           # (b, h, spans, span + 1, 1)
+    S = decay @ states                                              # (b, h, spans, span + 1, m)
+    if k > span:
+        initial, _ = carry_states(S[:, :, :, -1], since[:, :, :, -1, 0], initial)
+    S = torch.addcmul(S, since.exp(), initial[:, :, :, None])
+    return S[:, :, :, :-1].flatten(2, 3)[:, :, :k], S[:, :, -1, -1:]
 
 
 def ssd_chunked(x, log_decay, Bm, Cm, initial_state=None, chunk_size=None):
     """The fast form: quadratic inside a chunk, states carried between chunks; cost linear in l.
 
-    chunk_size >= 1 (else ValueError) never changes the result. None: the power of 2 that makes M of
-    a chunk about as large as a state, since both are computed; l <= 64 is not worth cutting.
+    chunk_size >= 1 (else ValueError) changes the result by rounding only. None: uncut up to 64
+    tokens, else the power of 2, from 16 up, that makes M of a chunk about as large as a state.
     """
-    b, l, h, p, n, log_decay = *x.shape, Bm.shape[3], full(log_decay)
+    b, l, h, p = x.shape
+    n, log_decay = Bm.shape[3], full(log_decay)
     default = max(64 if l <= 64 else 16, 2 ** round(math.log2(p * n) / 2))
     q = default if chunk_size is None else chunk_size
     if q < 1:
@@ -472,16 +471,17 @@ def ssd_chunked(x, log_decay, Bm, Cm, initial_state=None, chunk_size=None):
     # 1. Every chunk as if it were a sequence, by itself, and 2. the state that it leaves behind.
     y, states = ssd_quadratic(x, log_decay, Bm, Cm)               # (b k, q, h, p), (b k, h, p, n)
 
-    # 3. The state that enters each chunk. It is the other way round in memory, n before p.
+    # 3. The state that enters each chunk. n before p, as write_state made it: nothing is copied.
     states = states.unflatten(0, (b, k)).permute(0, 2, 1, 4, 3).flatten(3)         # (b, h, k, n p)
-    between = log_decay.sum(1).view(b, k, h).transpose(1, 2)                       # (b, h, k)
-    initial = None if initial_state is None else full(initial_state).mT.flatten(2)[:, :, None]
+    per_chunk = log_decay.sum(1).view(b, k, h).transpose(1, 2)                     # (b, h, k)
+    initial = torch.zeros_like(states[:, :, :1]) if initial_state is None else (
+        full(initial_state).mT.flatten(2)[:, :, None])                             # (b, h, 1, n p)
     with torch.autocast(x.device.type, enabled=False):    # cumulated, so not in half precision
-        entering, final_state = carry_states(states, between, initial)
-    entering = entering.view(b, h, k, n, p).permute(0, 2, 3, 1, 4).reshape(b * k, n, h, p)
+        entering, final_state = carry_states(states, per_chunk, initial)
+    entering = entering.unflatten(3, (n, p)).permute(0, 2, 1, 4, 3).flatten(0, 1)  # (b k, h, p, n)
 
     # 4. What each token reads from the state that entered its chunk.
-    y = read_state(Cm, entering.permute(0, 2, 3, 1).to(x.dtype), log_decay) + y
+    y = read_state(Cm, entering.to(x.dtype), log_decay) + y    # first: the sum is laid out like it
     return y.reshape(b, k * q, h, p)[:, :l].to(x.dtype), final_state.view(b, h, n, p).mT
 
 
@@ -564,7 +564,7 @@ MIXERS = {"mamba2": Mamba2, "none": nn.Identity}
 #
 # order[i] is the raster index of the cell that is visited i-th: tokens[:, order] lays the cells
 # along the path. The other reading, "when is cell i visited", is its inverse. They are easily
-# swapped, and a round trip cannot tell (a row zigzag is even its own inverse).
+# swapped, and a round trip cannot tell (a row zigzag from the top is even its own inverse).
 
 def zigzag_orders(height, width):
     """The eight zigzags over a grid -> LongTensor (8, height * width) of raster indices.
@@ -940,8 +940,8 @@ VARIANTS = {
         "large": dict(channels=(128, 256, 512, 768), blocks=(2, 4, 8, 4), cond_dim=512),
     },
     "mamba": {
-        "nano": dict(dim=96, depth=3, cond_dim=64, patch_size=4, d_state=16, expand=1,
-                     headdim=48, kernel_size=3, overview=256),
+        "nano": dict(dim=96, depth=3, cond_dim=64, d_state=16, expand=1, headdim=48,
+                     kernel_size=3, overview=256),
         "tiny": dict(dim=128, depth=4, cond_dim=128),
         "small": dict(dim=256, depth=6, cond_dim=128),
         "base": dict(dim=384, depth=9, cond_dim=256),

@@ -5,8 +5,9 @@
     python sample.py --gif path.gif                           also the way from noise to picture
     python sample.py --reconstruct a.jpg b.png                what an autoencoder does to pictures
 
-The checkpoint holds everything that is needed: the model's shape, its process, and the averaged
-weights, which are the ones that are sampled from. Same seed, same machine: same pictures.
+The checkpoint holds the model's shape, its process, and the averaged weights, which are the ones
+that are sampled from; a model of latents needs its autoencoder's files, too. Same seed, same
+machine: same pictures.
 """
 
 import math
@@ -19,10 +20,8 @@ from torchvision.utils import make_grid
 
 from liquidflow import (PROCESSES, SAMPLERS, TAESD_FILES, create_model, load_checkpoint, sides,
                         write_whole)
-from train import (CHECKPOINT_VERSION, SAMPLER_OF, Parser, Progress, decoded, duration, fail,
-                   fit_picture, load_taesd, number, pick_device, sampler_options)
-
-BATCH = 64    # pictures drawn at once
+from train import (CHECKPOINT_VERSION, SAMPLER_OF, Parser, Progress, decoded, duration, fit_picture,
+                   guarded, load_taesd, number, pick_device, sampler_options)
 
 
 def newest_checkpoint(folder="runs"):
@@ -50,7 +49,7 @@ def load_model(path, device):
         model = create_model(**state["config"])
         model.load_state_dict(state["ema"])
         process = PROCESSES[state["process"]]()
-        state["step"], state["latents"]    # asked for later
+        state["step"], state["latents"], state["args"]    # asked for later
         return model.to(device).eval(), process, state
     except (KeyError, TypeError, RuntimeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: its contents do not fit together ({error})") from None
@@ -75,8 +74,8 @@ def reconstruct(args, device):
     What an autoencoder loses here, no latent model can give back: the first thing to look at when
     its pictures look bad.
     """
-    size = args.image_size
-    taesd = load_taesd(args.latents, args.taesd_dir, device)
+    size = args.image_size or 128
+    taesd = load_taesd(args.latents or "taesd", args.taesd_dir, device)
     rows, total = [], 0.0
     for path in args.reconstruct:
         try:
@@ -102,19 +101,25 @@ def parse_arguments(argv=None):
     add = parser.add_argument
     add("--ckpt", help="a checkpoint; the newest below runs/ if not given")
     add("--n", type=number(int, 1), default=36, help="how many pictures")
+    add("--batch_size", type=number(int, 1), default=64, help="how many at once")
     add("--steps", type=number(int, 1), default=50, help="more is better and slower")
     add("--sampler", choices=SAMPLERS, help="euler for flows and ddim for diffusion if not given")
     add("--eta", type=number(float, 0, 1), default=0.0, help="ddim only: fresh noise, 0 to 1")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="same seed, same pictures")
     add("--out", default="samples.png", help="where the grid goes")
     add("--gif", help="also write the path from noise to picture, as an animated GIF")
-    add("--taesd_dir", help="folder of the autoencoder's files; downloaded if not given")
+    add("--taesd_dir", help="folder of the autoencoder's files; if not given, the one that was "
+                            "trained with, or a download")
     add("--reconstruct", nargs="+", metavar="PICTURE",
         help="no samples: what an autoencoder alone does to these pictures")
-    add("--latents", choices=TAESD_FILES, default="taesd", help="the one for --reconstruct")
-    add("--image_size", type=number(int, 8), default=128, help="side of pictures to --reconstruct")
+    add("--latents", choices=TAESD_FILES, help="which autoencoder is to --reconstruct; taesd if "
+                                               "not given")
+    add("--image_size", type=number(int, 8), help="at which size; 128 if not given")
     add("--device", default="auto", help="cpu, cuda, mps, or the fastest there is")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not args.reconstruct and (args.latents or args.image_size):
+        parser.error("--latents and --image_size are for --reconstruct; a checkpoint has its own")
+    return args
 
 
 def run(args):
@@ -129,7 +134,8 @@ def run(args):
     path = args.ckpt or newest_checkpoint()
     model, process, state = load_model(path, device)
     latents = state["latents"]
-    taesd = load_taesd(latents["name"], args.taesd_dir, device) if latents else None
+    taesd = load_taesd(latents["name"], args.taesd_dir or state["args"].get("taesd_dir"),
+                       device) if latents else None
     name = args.sampler or SAMPLER_OF[process.predicts]
     options = sampler_options(name, latents)
     if args.eta:
@@ -141,7 +147,7 @@ def run(args):
     noise = draw_noise(args.n, shape, args.seed)
     print(f"{path}: {model.config['arch']} {model.config['variant']}, step "
           f"{state['step']}; {args.n} pictures in {args.steps} {name} steps on {device}")
-    start, parts = time.time(), noise.split(BATCH)
+    start, parts = time.time(), noise.split(args.batch_size)
     progress = Progress("step", args.steps * len(parts))
     pictures, frames = [], [[] for _ in range(args.steps)]
     for i, part in enumerate(parts):
@@ -168,13 +174,8 @@ def run(args):
 
 
 def main(argv=None):
-    """Runs the command line; what the user can mend is one line and exit code 2."""
-    try:
-        run(parse_arguments(argv))
-    except (ValueError, OSError) as error:
-        fail(error)
-    except KeyboardInterrupt:
-        fail("interrupted")
+    """Runs the command line."""
+    guarded(run, parse_arguments(argv), "a smaller --batch_size needs less")
 
 
 if __name__ == "__main__":

@@ -272,7 +272,8 @@ small = st.integers(1, 3)
 @example(0, 1, 1, 1, 1, 1, 1, 1)      # the shortest sequence
 @example(0, 2, 7, 100, 2, 3, 2, 3)    # a chunk longer than the sequence
 @example(1, 1, 90, 1, 1, 2, 2, 2)     # chunks of one token: as many states to carry as tokens
-@example(2, 2, 85, 2, 2, 1, 1, 2)     # 43 chunks: more than one group in carry_states
+@example(2, 2, 85, 2, 2, 1, 1, 2)     # 43 chunks: more than one span in carry_states
+@example(3, 1, 300, 1, 1, 1, 2, 2)    # 300 chunks: spans of spans of spans
 def test_three_ways_are_one_operator(seed, b, l, chunk, g, r, p, n):
     inputs = ssd_inputs(seed, b, l, g, r, p, n)
     expected = values_and_gradients(lf.ssd_sequential, inputs)
@@ -331,10 +332,16 @@ def test_float32_keeps_its_digits_after_a_burst(name):
     assert (found - exact).abs().max() / exact.abs().max() < 1e-5    # measured 5e-7
 
 
-def test_segment_sum_masks_before_exp():
-    decay = torch.full((1, 64, 1), -60.0, requires_grad=True)
-    one = torch.ones(1, 64, 1, 1)
-    lf.ssd_quadratic(one, decay, one, one)[0].sum().backward()
+@pytest.mark.parametrize("value", [-60.0, -1e30, -math.inf])
+@pytest.mark.parametrize("name", FORMS)
+def test_a_state_may_fade_to_nothing(name, value):
+    x, decay, Bm, Cm, state = ssd_inputs(0, 1, 90, 1, 2, 2, 3, dtype=torch.float32)
+    decay = torch.where(uniform(1, *decay.shape) < 0.3, value, decay).requires_grad_()
+    y, final = FORMS[name](x, decay, Bm, Cm, state)
+    exact, last = lf.ssd_sequential(x, decay, Bm, Cm, state)
+    assert_close(y, exact)
+    assert_close(final, last)
+    (y.sum() + final.sum()).backward()
     assert decay.grad.isfinite().all()
 
 
@@ -1568,7 +1575,7 @@ def test_a_latent_run_encodes_once_and_samples_pictures(
         [str(a) for a in arguments])
     main(latent_run(tmp_path, "one"))    # taesd is the default of this model at this size
     out = capsys.readouterr().out
-    assert "encoding" in out and "latents kept in" in out and "24 pictures" not in out
+    assert "encoding 24" in out and "latents kept in" in out and "12 pictures of 64x64" in out
     cache, = tmp_path.glob("latents-folder-64-taesd-*.pt")
     stored = lf.load_checkpoint(cache)["latents"]
     data, i = load("folder", photographs, 64), torch.arange(48)
@@ -1594,6 +1601,7 @@ def test_a_latent_run_encodes_once_and_samples_pictures(
     refused(train.main, latent_run(tmp_path, "four"), capsys, other, "remove it")
     other.write_bytes(cache.read_bytes()[:5000])
     refused(train.main, latent_run(tmp_path, "four"), capsys, other, "damaged")
+    other.unlink()
     main(latent_run(tmp_path, "five", "--image_size", 96, "--max_images", 9))
     out = capsys.readouterr().out
     assert "encoding" in out and "5 pictures" in out and "4 held out" in out
@@ -1609,11 +1617,19 @@ def test_a_latent_run_encodes_once_and_samples_pictures(
     x = taesd.decode(x * state["latents"]["std"] + state["latents"]["mean"])[0]
     assert np.abs(pixels - (x.permute(1, 2, 0).numpy() + 1) * 127.5).max() < 1.5
     assert Image.open("path.gif").n_frames == 4 and Image.open("path.gif").size[0] > 128
+    again = (tmp_path / "samples.png").read_bytes()
+    sample.main(["--ckpt", "one/ckpt.pt", "--n", "2", "--steps", "3", "--batch_size", "1"])
+    assert (tmp_path / "samples.png").read_bytes() == again    # found where it was trained with
     capsys.readouterr()
+    refused(sample.main, ["--ckpt", "one/ckpt.pt", "--image_size", "64"], capsys, "--reconstruct")
+    state["latents"]["mean"] += 0.1
+    lf.save_checkpoint("one/ckpt.pt", state)
+    refused(train.main, latent_run(tmp_path, "one", "--resume", "--steps", 3), capsys,
+            "other latents")
     refused(sample.main, ["--ckpt", "one/ckpt.pt", "--taesd_dir", "nowhere"], capsys,
             Path("nowhere") / "taesd_encoder.pth")
-    refused(train.main, latent_run(tmp_path, "six", "--image_size", 72), capsys, "size 9",
-            "an eighth of --image_size 72")
+    refused(train.main, latent_run(tmp_path, "six", "--image_size", 72, "--latents", "--arch",
+                                   "patch"), capsys, "size 9", "an eighth of --image_size 72")
 
 
 @pytest.mark.parametrize("arch", ["patch", "unet"])
@@ -1847,13 +1863,39 @@ def test_resume_refuses_what_would_be_another_run(tmp_path, monkeypatch, capsys)
     assert not list(tmp_path.iterdir())
     train.main([*options[:-1], "--steps", "2"])
     before = Path("run/ckpt.pt").read_bytes()
-    refused(train.main, [*options, "--steps", "2"], capsys, "2 steps", "--steps")
+    refused(train.main, [*options, "--steps", "2"], capsys, "2 steps", "more --steps")
     refused(train.main, [*options, "--steps", "4", "--lr", "0.1", "--seed", "1"], capsys,
             "--lr 0.005", "--seed 0")
     refused(train.main, [*options, "--steps", "4", "--override", "depth=1"], capsys, "--override")
     monkeypatch.setattr(train, "EPOCH_OF_SHAPES", 600)
     refused(train.main, [*options, "--steps", "4"], capsys, "pictures")
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
     assert Path("run/ckpt.pt").read_bytes() == before and len(rows("run/log.csv")) == 1
+    with open("run/log.csv", "a") as file:    # a machine that lost its power in the middle of a row
+        file.write("1,0.5,0.")
+    train.main([*options, "--steps", "3", "--log_every", "1"])
+    assert [row["step"] for row in rows("run/log.csv")] == ["2", "3"]
+    Path("run/ckpt.pt").unlink()              # and one that was taken before it saved anything
+    train.main([*options, "--steps", "2"])
+    assert "nothing was saved yet" in capsys.readouterr().out
+    assert same_bits(lf.load_checkpoint("run/ckpt.pt")["model"],
+                     torch.load(io.BytesIO(before), weights_only=True)["model"])
+
+
+def test_what_cannot_begin_leaves_what_it_would_replace(photographs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train.main([*SMALL, "--steps", "1", "--out", "run"])
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    broken = functools.partial(torch.compile, backend=lambda *_: 1 / 0)
+    monkeypatch.setattr(torch, "compile", broken)
+    for flags, words in (
+            (["--amp", "fp16"], ["--amp fp16"]), (["--compile"], ["--compile"]),
+            (["--grad_accum", "3"], ["--grad_accum 3"]), (["--override", "depth=-1"], ["depth"]),
+            (["--dataset", "folder"], ["--data_dir"]), (["--taesd_dir", "x"], ["--latents"]),
+            (["--dataset", "folder", "--data_dir", "."], ["inside --data_dir ."])):
+        refused(train.main, [*SMALL, "--out", "run", "--overwrite", *flags], capsys, *words)
+    assert before == {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("how", ["os.kill(os.getpid(), signal.SIGKILL)",

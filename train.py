@@ -7,7 +7,7 @@
     torchrun --nproc_per_node=8 train.py                      eight GPUs
 
 Then `python sample.py`. A run lives in runs/<arch>-<variant>-<dataset>/: ckpt.pt, log.csv and
-samples/. Read this file from the bottom: main() sets up, train() is the loop.
+samples/. Read this file from the bottom: run() sets up, train() is the loop.
 """
 
 import argparse
@@ -77,6 +77,7 @@ class DataSet:
     """What data sets share; each has its own len(), pictures(indices), .labels and .classes."""
 
     latents = None    # what sample.py must know of them, where they are no pictures: see Latents
+    key = ""          # tells the pictures of one set from those of another
 
     def __getitem__(self, indices):
         return self.mirrored(self.pictures(indices % len(self)), indices)
@@ -99,8 +100,9 @@ def scaled(images):
 class Pictures(DataSet):
     """A data set small enough for memory: images (N, 3, H, W) uint8, kept on the device."""
 
-    def __init__(self, images, labels, classes, device):
+    def __init__(self, images, labels, classes, device, key=""):
         self.images, self.labels, self.classes = images.to(device), labels, classes
+        self.key = key
 
     def __len__(self):
         return len(self.images)
@@ -137,8 +139,9 @@ class Streamed(DataSet):
     source: len() and source[i], which is (picture (3, H, W) uint8, label).
     """
 
-    def __init__(self, source, labels, classes, device):
+    def __init__(self, source, labels, classes, device, key=""):
         self.source, self.labels, self.classes, self.device = source, labels, classes, device
+        self.key = key
 
     def __len__(self):
         return len(self.source)
@@ -151,7 +154,7 @@ class Streamed(DataSet):
         """What read() returned -> pictures in [-1, 1] on the device. ValueError if it is text."""
         if isinstance(images, str):
             raise ValueError(f"a picture cannot be read: {images}; mend it, or put another one in "
-                             "its place, and go on with --resume")
+                             "its place (a run that has been saved goes on with --resume)")
         return scaled(images.to(self.device))
 
     def batches(self, order):
@@ -189,7 +192,7 @@ class Shapes(DataSet):
         generator = torch.Generator().manual_seed(seed)
         self.numbers = torch.rand(count, 12, generator=generator).to(device)
         self.labels = torch.randint(len(self.classes), (count,), generator=generator).to(device)
-        self.size = size
+        self.size, self.key = size, f"shapes {count} {seed}"
 
     def __len__(self):
         return len(self.numbers)
@@ -302,7 +305,7 @@ def folder(root, fit):
             paths.append(path)
         except Exception as error:    # as above
             unknown = isinstance(error, UnidentifiedImageError)
-            print(f"skipped {path} ({'not a picture' if unknown else error})", file=sys.stderr)
+            warn(f"skipped {path} ({'not a picture' if unknown else error})")
         progress(i + 1)
     progress.close()
     if not paths:
@@ -379,9 +382,13 @@ class LSUN:
         return len(self.keys)
 
     def __getitem__(self, i):
-        with self.open(self.folders[self.labels[i]]) as database, database.begin() as view:
-            image = Image.open(io.BytesIO(view.get(self.keys[i])))
-        return self.fit(image), self.labels[i]
+        path = self.folders[self.labels[i]]
+        with self.open(path) as database, database.begin() as view:
+            content = view.get(self.keys[i])
+        try:
+            return self.fit(Image.open(io.BytesIO(content))), self.labels[i]
+        except Exception as error:    # a damaged picture, as above
+            raise ValueError(f"{path}, {self.keys[i].decode()} ({error})") from None
 
 
 def lsun(root, fit):
@@ -393,6 +400,16 @@ def lsun(root, fit):
                          f"them{f'. There is none in {root}' if root else ''}")
     source = LSUN(folders, fit)
     return source, source.labels, [path.name.removesuffix("_train_lmdb") for path in folders]
+
+
+def listing(source, root):
+    """What may change in a folder: a hash of its pictures' names, sizes and dates, if it has any.
+
+    Archives have none: their checksums have been checked.
+    """
+    lines = [f"{path.relative_to(root)} {path.stat().st_size} {path.stat().st_mtime_ns}"
+             for path in getattr(source, "paths", [])]
+    return hashlib.sha1("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
 def stored(make, side=math.inf, package=None, files=None):
@@ -419,15 +436,16 @@ def stored(make, side=math.inf, package=None, files=None):
             hint = (f". --dataset shapes needs no download; what you download yourself goes to "
                     f"{root}, as {files}" if files else "")
             raise ValueError(f"--dataset {name}: {str(error).rstrip('.')}{hint}") from None
+        key = f"{name} {len(source)} {listing(source, root)}"
         if args.max_images and args.max_images < len(source):
             chosen = torch.randperm(len(source), generator=torch.Generator().manual_seed(TEST_SEED))
             chosen = chosen[:args.max_images].sort().values.tolist()
             source, labels = Subset(source, chosen), [labels[i] for i in chosen]
         if size > 2 * side:
-            print(f"the pictures of {name} have {side} pixels: at {size} the model learns to draw "
-                  "them blown up, and the more slowly for it", file=sys.stderr)
+            warn(f"the pictures of {name} have {side} pixels: at {size} the model learns to draw "
+                 "them blown up, and the more slowly for it")
         if len(source) * 3 * size**2 > IN_MEMORY:
-            return Streamed(source, torch.tensor(labels), classes, device)
+            return Streamed(source, torch.tensor(labels), classes, device, key)
         images, kept = torch.empty(len(source), 3, size, size, dtype=torch.uint8), []
         progress = Progress("reading pictures", len(source))
         for i in range(len(source)):
@@ -435,19 +453,20 @@ def stored(make, side=math.inf, package=None, files=None):
                 images[len(kept)] = source[i][0]
                 kept.append(i)
             except Exception as error:    # a damaged picture, as above
-                print(f"skipped {error}", file=sys.stderr)
+                warn(f"skipped {error}")
             progress(i + 1)
         progress.close()
         if not kept:
             raise ValueError(f"--dataset {name}: no picture could be read")
-        return Pictures(images[:len(kept)], torch.tensor(labels)[kept], classes, device)
+        return Pictures(images[:len(kept)], torch.tensor(labels)[kept], classes, device, key)
     return load
 
 
 # name -> function(args, device) -> data set
 DATASETS = {
     "shapes": lambda args, device: Shapes(
-        args.max_images or EPOCH_OF_SHAPES + HELD_OUT, args.image_size, args.seed, device),
+        min(args.max_images or math.inf, EPOCH_OF_SHAPES + HELD_OUT), args.image_size, args.seed,
+        device),
     "folder": stored(folder),
     "cifar10": stored(functools.partial(cifar, "CIFAR10"), 32, files="cifar-10-python.tar.gz"),
     "cifar100": stored(functools.partial(cifar, "CIFAR100"), 32, files="cifar-100-python.tar.gz"),
@@ -507,33 +526,29 @@ def encode_all(data, taesd, device, batch=16):
 
     Both, as the latent of a mirrored picture is not the mirrored latent.
     """
-    latents, progress = [], Progress("encoding pictures, and mirrored", 2 * len(data))
-    order = torch.arange(2 * len(data)).split(batch)
+    height, width = data[torch.tensor([0])].shape[2:]
+    latents = torch.empty(2 * len(data), taesd.latent_channels, height // 8, width // 8,
+                          dtype=torch.float16)
+    print(f"encoding {len(data)} pictures, and mirrored, into {latents.nbytes / 2**20:.0f} MiB of "
+          "memory; --max_images bounds them")
+    order, progress = torch.arange(len(latents)).split(batch), Progress("encoding", len(latents))
     for part, pictures in zip(order, data.batches(order)):
-        latents.append(taesd.encode(pictures.to(device)).half().cpu())
+        latents[part] = taesd.encode(pictures.to(device)).half().cpu()
         progress(part[-1].item() + 1)
     progress.close()
-    return torch.cat(latents)
+    return latents
 
 
 def cached_latents(data, taesd, args, device):
     """encode_all(data), from the file that a run on the same pictures left, or else into it.
 
-    The file's name has a key of all that makes the latents what they are: the pictures (their
-    number, their files' names, sizes and dates), their size, and the encoder's weights.
-    ValueError if it holds something else, or is damaged.
+    The file's name has a key of all that makes the latents what they are: the pictures, their
+    size, and the encoder's weights. ValueError if it holds something else, or is damaged.
     """
-    made_from = [args.dataset, str(len(data)), str(args.image_size)]
-    made_from += [hashlib.sha1(v.cpu().numpy().tobytes()).hexdigest()
-                  for v in taesd.encoder.state_dict().values()]
-    if args.dataset == "shapes":
-        made_from.append(str(args.seed))
-    else:
-        root = Path(args.data_dir or "data")
-        for path in sorted(path for path in root.rglob("*") if path.is_file()):
-            stat = path.stat()
-            made_from.append(f"{path.relative_to(root)} {stat.st_size} {stat.st_mtime_ns}")
-    key = hashlib.sha1("\n".join(made_from).encode()).hexdigest()
+    made_from = f"{data.key} {len(data)} {args.image_size}".encode()
+    for value in taesd.encoder.state_dict().values():
+        made_from += value.cpu().numpy().tobytes()
+    key = hashlib.sha1(made_from).hexdigest()
     path = Path(args.out).parent / (
         f"latents-{args.dataset}-{args.image_size}-{args.latents}-{key[:12]}.pt")
     if path.exists():
@@ -621,6 +636,12 @@ def fail(message):
     sys.exit(2)
 
 
+def warn(message):
+    """A line on stderr, from the first process only."""
+    if not RANK:
+        print(message, file=sys.stderr)
+
+
 def number(kind, low, high=math.inf):
     """An argparse type: an int or a float between low and high."""
     def parse(text):
@@ -698,7 +719,7 @@ def join_group(device):
     """Meets the other processes, if there are any; only the first one goes on speaking."""
     if WORLD > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(hours=2))    # to read a folder, or to draw
+                                timeout=timedelta(days=1))    # while one draws, or encodes
         if RANK:
             sys.stdout = open(os.devnull, "w")
 
@@ -796,7 +817,8 @@ def held_out_loss(model, process, pictures, noise, batch=128):
         x0 = pictures(part)
         for i in range(8):
             t = torch.full((len(x0),), (2 * i + 1) / 16, device=x0.device)
-            total += process.loss(model, x0, t=t, noise=noise[part])[0].item() * len(x0)
+            loss = process.loss(model, x0, t=t, noise=noise[part].to(x0.device))[0]
+            total += loss.item() * len(x0)
     return total / (8 * len(noise))
 
 
@@ -815,9 +837,10 @@ class Log:
         names = ["step", "loss", *(f"loss_t{i}" for i in range(4)), "held_out", *parts, "lr",
                  "images_per_s"]
         kept = []
-        if since:
-            with open(path, newline="") as file:
-                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= since]
+        if since and Path(path).exists():
+            with open(path, newline="") as file:    # a row that a power cut has torn is dropped
+                kept = [row for row in csv.DictReader(file)
+                        if row["images_per_s"] and int(row["step"]) <= since]
         with open(f"{path}.tmp", "w", newline="") as file:
             rows = csv.DictWriter(file, names)
             rows.writeheader()
@@ -954,44 +977,59 @@ MAY_CHANGE = {"steps", "epochs", "grad_accum", "log_every", "sample_every", "sav
               "compile", "data_dir", "taesd_dir", "out", "resume", "overwrite"}
 
 
-def load_run(args, count):
-    """The checkpoint in --out, if the run that made it can go on with these arguments.
-
-    ValueError that names the flags that differ, or if the data set has another size.
+def load_run(args):
+    """The checkpoint in --out, if it is of a run with these arguments; ValueError that names those
+    that differ. None if a run was begun there, but nothing was saved yet.
     """
     path = Path(args.out) / "ckpt.pt"
+    if not path.exists() and (path.parent / "log.csv").exists():
+        print(f"{path.parent}: nothing was saved yet; starting from the beginning")
+        return None
     state = load_checkpoint(path)
     if not isinstance(state, dict) or state.get("version") != CHECKPOINT_VERSION:
         raise ValueError(f"{path}: not a checkpoint of this version of train.py")
-    differ = [f"--{name} {state['args'].get(name)}" for name, value in vars(args).items()
+    differ = [name for name, value in vars(args).items()
               if name not in MAY_CHANGE and state["args"].get(name) != value]
     if differ:
-        raise ValueError(f"{path} was started with {', '.join(differ)}: resume it so")
-    if state["pictures"] != count:
-        raise ValueError(f"{path} was started with {state['pictures']} pictures, not {count}")
-    if state["step"] >= args.steps:
-        raise ValueError(f"{path} has had its {state['step']} steps; to go on, give more --steps")
+        was = {name: state["args"].get(name) for name in differ}
+        told = (f"no --{name}" if value is None or value == [] else f"--{name} {value}"
+                for name, value in was.items())
+        raise ValueError(f"{path} was started with {', '.join(told)}: resume it so")
     return state
 
 
-def train(args, model, data, taesd, out, device, stop, state=None):
+def check_goes_on(state, args, data):
+    """ValueError if a run's checkpoint does not fit its data, or has had all its steps."""
+    was, now = state["latents"], data.latents
+    if state["pictures"] != len(data):
+        raise ValueError(f"the run in {args.out} was started with {state['pictures']} pictures, "
+                         f"not {len(data)}")
+    if now and not torch.allclose(was["mean"], now["mean"], atol=0.01):
+        raise ValueError(f"the run in {args.out} was started with other latents: other pictures, "
+                         "or other weights of the autoencoder")
+    if state["step"] >= args.steps:
+        raise ValueError(f"the run in {args.out} has had its {state['step']} steps; to go on, give "
+                         "more --steps")
+
+
+def train(args, model, network, data, taesd, precision, stop, state=None):
     """The loop: batch, loss, step, average; now and then a line, a row of log.csv, a checkpoint.
 
-    taesd: what makes pictures of latents, if data are latents.
+    network: the model, or its compiled form. taesd: decodes what is drawn, if data are latents.
     state: the checkpoint that a resumed run starts from; it then goes through the same numbers as
     a run that was never stopped.
     """
     process = PROCESSES[args.process]()
     training, held_out = held_out_split(len(data), TEST_SEED)
-    optimizer = make_optimizer(model, args.lr, args.weight_decay, device)
+    optimizer = make_optimizer(model, args.lr, args.weight_decay, precision.device)
     ema, physics = EMA(model, args.ema), PhysicsLoss(args.physics)
-    precision, first = Precision(args.amp, device), 0
+    out, device, first = Path(args.out), precision.device, 0
     if state:
         model.load_state_dict(state["model"])
         ema.model.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        for group in optimizer.param_groups:    # another device may have another AdamW
+        for group in state["optimizer"]["param_groups"]:    # another device may have another AdamW
             group["fused"] = device.type in FUSED
+        optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:                     # empty where nothing was scaled
             precision.scaler.load_state_dict(state["scaler"])
         ema.updates, first = state["updates"], state["step"]
@@ -1003,12 +1041,11 @@ def train(args, model, data, taesd, out, device, stop, state=None):
     mine = torch.arange(args.batch_size).chunk(WORLD * args.grad_accum)[RANK::WORLD]
     batches = shuffled(training, args.batch_size, args.seed, skip=first, mirror=len(data))
     pictures = data.batches(indices[part] for indices in batches for part in mine)
-    network = compiled(model, device) if args.compile else model
     network = DistributedDataParallel(network) if WORLD > 1 else network
 
     fixed = torch.Generator().manual_seed(TEST_SEED)    # for noise that never changes
     shape = model.config["in_channels"], *sides(model.config["image_size"])
-    test_noise = torch.randn(len(held_out), *shape, generator=fixed).to(device)
+    test_noise = torch.randn(len(held_out), *shape, generator=fixed)
     sample_noise = torch.randn(36, *shape, generator=fixed).to(device)
 
     def save(step):
@@ -1033,6 +1070,7 @@ def train(args, model, data, taesd, out, device, stop, state=None):
     log = Log(out / "log.csv", physics.weights, device, first)
     progress, shown = Progress("step", args.steps, first), ""
     for step in range(first, args.steps):
+        begin = time.time()
         lr = learning_rate(step, args.steps, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -1059,14 +1097,15 @@ def train(args, model, data, taesd, out, device, stop, state=None):
             flow = process.predicts == "velocity"
             print(f"first loss {log.means()['loss']:.3f}; a new model answers 0, which costs "
                   + (f"1 + E[x^2] = {1 + x0.square().mean().item():.3f}" if flow else "1"))
-        if done == first + min(3, args.log_every):
-            hours = (args.steps - first) * args.batch_size / log.means()["images_per_s"] / 3600
-            nano = args.variant == "nano"
-            quicker = f"--steps {args.steps / hours:.0f}" if nano else "--variant nano"
-            if hours > 1:
-                progress.note(f"this will take about {hours:.1f} h here; {quicker} is quicker")
         last = done == args.steps
         stopping = summed([stop.signal or 0], device) != [0]    # together, or others would wait
+        if done == first + 3:    # the first steps are slower
+            steps_per_hour = 3600 / (time.time() - begin)
+            hours = (args.steps - done) / steps_per_hour
+            quicker = ("--variant nano" if args.variant != "nano" else
+                       f"--steps {done + steps_per_hour:.0f}")
+            if hours > 1:
+                progress.note(f"this will take about {hours:.1f} h here; {quicker} is quicker")
         showing = done % args.sample_every == 0 or last
         saving = done % args.save_every == 0 or showing or stopping
         if saving or done % args.log_every == 0:
@@ -1157,6 +1196,8 @@ def parse_arguments(argv=None):
     args.latents = args.latents or ("taesd" if made_for_latents else "off")
     if args.latents != "off" and args.image_size % 8:
         parser.error(f"--image_size {args.image_size}: latents need a multiple of 8")
+    if args.latents == "off" and args.taesd_dir:
+        parser.error("--taesd_dir is for --latents, which are off")
     args.out = args.out or f"runs/{args.arch}-{args.variant}-{args.dataset}"
     return args
 
@@ -1173,13 +1214,22 @@ def run(args):
     if old and not args.overwrite and not args.resume and not RANK:
         raise ValueError(f"{out} already holds a run: --resume goes on with it, --overwrite "
                          "replaces it, another --out leaves it alone")
+    pictures = Path(args.data_dir or os.devnull).resolve()
+    if args.dataset == "folder" and out.resolve().is_relative_to(pictures):
+        raise ValueError(f"--out {out} is inside --data_dir {args.data_dir}: the run would train "
+                         "on its own samples")
+    if args.batch_size % (WORLD * args.grad_accum):
+        raise ValueError(f"--batch_size {args.batch_size} is no multiple of {WORLD} processes "
+                         f"times --grad_accum {args.grad_accum}")
+    precision = Precision(args.amp, device)
+    state = load_run(args) if args.resume else None
     join_group(device)
     taesd, side, channels = None, args.image_size, 3
     if args.latents != "off":
         if args.image_size < LATENTS_FROM:
-            print(f"latents of {side}x{side} pictures have {side // 8}x{side // 8} numbers in a "
-                  f"channel: too few to tell shapes apart; below {LATENTS_FROM} pixels train on "
-                  "pixels", file=sys.stderr)
+            warn(f"latents of {side}x{side} pictures have {side // 8}x{side // 8} numbers in a "
+                 f"channel: too few to tell shapes apart; below {LATENTS_FROM} pixels train on "
+                 "pixels")
         taesd = first_come_first(lambda: load_taesd(args.latents, args.taesd_dir, device))
         side, channels = side // 8, taesd.latent_channels
     try:
@@ -1188,6 +1238,7 @@ def run(args):
         eighth = f"; latents have an eighth of --image_size {args.image_size}" if taesd else ""
         raise ValueError(f"{error}{eighth}") from None
     model.to(device)
+    network = compiled(model, device) if args.compile else model
     data = first_come_first(lambda: DATASETS[args.dataset](args, device))
     if len(data) < 2:
         raise ValueError("one picture is too few: one is held out, and none is left to train on")
@@ -1197,10 +1248,8 @@ def run(args):
     training = len(held_out_split(len(data), TEST_SEED)[0])
     if args.epochs:
         args.steps = -(-args.epochs * training // args.batch_size)                # rounded up
-    state = load_run(args, len(data)) if args.resume else None
-    if args.batch_size % (WORLD * args.grad_accum):
-        raise ValueError(f"--batch_size {args.batch_size} is no multiple of {WORLD} processes "
-                         f"times --grad_accum {args.grad_accum}")
+    if state:
+        check_goes_on(state, args, data)
     (out / "samples").mkdir(parents=True, exist_ok=True)
     for path in [] if args.resume or RANK else old:
         path.unlink()
@@ -1213,7 +1262,7 @@ def run(args):
           f"{f' and {WORLD - 1} more' if WORLD > 1 else ''}")
     start = time.time()
     with Stop() as stop:
-        train(args, model, data, taesd, out, device, stop, state)
+        train(args, model, network, data, taesd, precision, stop, state)
     if WORLD > 1:
         dist.destroy_process_group()
     seconds, steps = time.time() - start, args.steps - (state["step"] if state else 0)
@@ -1223,21 +1272,29 @@ def run(args):
           f"{out / 'ckpt.pt'}; next: python sample.py --ckpt {out / 'ckpt.pt'}")
 
 
-def main(argv=None):
-    """Runs the command line; what the user can mend is one line and exit code 2."""
+def guarded(run, args, smaller):
+    """run(args); what the user can mend is one line and exit code 2. smaller: to save memory."""
     try:
-        run(parse_arguments(argv))
+        run(args)
     except (ValueError, OSError) as error:
         fail(error)
     except (RuntimeError, MemoryError) as error:
-        told = any(words in str(error) for words in
-                   ("out of memory", "allocate memory", "not enough memory"))
-        if not told and not isinstance(error, MemoryError):
-            raise
-        fail("out of memory: a smaller --batch_size, --image_size or --variant needs less")
+        if isinstance(error, MemoryError) or any(words in str(error) for words in (
+                "out of memory", "allocate memory", "not enough memory")):
+            fail(f"out of memory: {smaller}")
+        if "DataLoader worker" in str(error):
+            fail("a process that reads pictures died, most likely for lack of shared memory: with "
+                 "Docker give --shm-size 2g; --max_images makes the data fit into memory")
+        raise
     except KeyboardInterrupt:
         print()
         fail("interrupted; what was saved last is kept")
+
+
+def main(argv=None):
+    """Runs the command line."""
+    guarded(run, parse_arguments(argv), "--grad_accum 2, or a smaller --batch_size, --image_size "
+                                        "or --variant, needs less")
 
 
 if __name__ == "__main__":
