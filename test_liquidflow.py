@@ -1653,6 +1653,9 @@ def test_when_latents_are_the_default_and_when_they_are_pointless(tmp_path, monk
     assert latents("--arch", "mamba", "--image_size", 64) == "taesd"
     assert latents("--arch", "mamba", "--image_size", 64, "--latents", "off") == "off"
     assert latents("--latents") == "taesd" and latents("--latents", "taef2") == "taef2"
+    for flags, weights in (([], lf.PhysicsLoss.DEFAULT), (["--latents"], {}),
+                           (["--latents", "--physics", "on"], lf.PhysicsLoss.DEFAULT)):
+        assert train.parse_arguments(["--image_size", "64", *flags]).physics == weights
     monkeypatch.chdir(tmp_path)
     small_taesd(tmp_path / "weights")
     options = [*SMALL[:2], *SMALL[4:], "--latents", "--steps", "1", "--out", "run"]

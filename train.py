@@ -1168,7 +1168,8 @@ def parse_arguments(argv=None):
     add("--lr", type=number(float, 1e-12, 1), help="peak learning rate")
     add("--weight_decay", type=number(float, 0), default=0.01, help="of AdamW, for matrices")
     add("--ema", type=number(float, 0, 1), default=0.999, help="decay of the averaged weights")
-    add("--physics", type=physics_weights, default="on", help="on, off, or name=weight,...")
+    add("--physics", type=physics_weights,
+        help="on, off, or name=weight,...; if not given, on for pictures and off for latents")
     add("--override", type=override, action="append", default=[], metavar="KEY=VALUE",
         help="an option of the model, as create_model takes it; may be repeated")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="same seed: same run")
@@ -1194,6 +1195,8 @@ def parse_arguments(argv=None):
     args.process = args.process or PROCESS_OF[args.arch]
     made_for_latents = args.arch == "mamba" and args.image_size >= LATENTS_FROM
     args.latents = args.latents or ("taesd" if made_for_latents else "off")
+    if args.physics is None:
+        args.physics = physics_weights("on" if args.latents == "off" else "off")
     if args.latents != "off" and args.image_size % 8:
         parser.error(f"--image_size {args.image_size}: latents need a multiple of 8")
     if args.latents == "off" and args.taesd_dir:
