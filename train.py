@@ -58,7 +58,7 @@ SAMPLER_OF = {"velocity": "euler", "noise": "ddim"}
 
 # Training defaults. A high rate teaches a small model most per minute; larger ones want a lower.
 DEFAULTS = {
-    "nano": dict(steps=3600, batch_size=32, lr=1e-2),
+    "nano": dict(steps=3600, batch_size=32, lr=5e-3),
     "tiny": dict(steps=20_000, batch_size=64, lr=1e-3),
     "small": dict(steps=50_000, batch_size=64, lr=5e-4),
     "base": dict(steps=100_000, batch_size=64, lr=2e-4),
