@@ -1245,6 +1245,25 @@ def test_every_epoch_shows_every_picture_once(count, batch_size, seed):
     for epoch in range(len(drawn) // count):
         part = drawn[epoch * count:(epoch + 1) * count]
         assert sorted(part.tolist()) == list(range(7, count + 7))
+    batches = train.shuffled(torch.arange(count) + 7, batch_size, seed, mirror=1000)
+    both = torch.cat([next(batches) for _ in range(len(drawn) // batch_size)])
+    assert set((both // 1000).tolist()) <= {0, 1}
+    for epoch in range(len(both) // count):
+        part = both[epoch * count:(epoch + 1) * count] % 1000
+        assert sorted(part.tolist()) == list(range(7, count + 7))
+
+
+def test_half_of_what_is_trained_on_is_mirrored(tmp_path, monkeypatch):
+    mirrored, shares = train.DataSet.mirrored, []
+
+    def noted(data, pictures, indices):
+        shares.append((indices >= len(data)).double().mean().item())
+        return mirrored(data, pictures, indices)
+
+    monkeypatch.setattr(train.DataSet, "mirrored", noted)
+    train.main([*SMALL, "--batch_size", "200", "--steps", "4", "--out", str(tmp_path / "run")])
+    assert all(0.3 < share < 0.7 for share in shares[:4])    # 200 coins: 5 standard deviations
+    assert set(shares[4:]) == {0}                            # never where it is tested
 
 
 def md5(path):
