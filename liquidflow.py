@@ -422,18 +422,18 @@ def ssd_quadratic(x, log_decay, Bm, Cm, initial_state=None):
     return y.to(x.dtype), state
 
 
-def carry_states(states, log_decay, initial, span=16):
+def carry_states(states, log_decay, initial):
     """The recurrence between chunks: what enters each, and what leaves the last.
 
         entering_{j+1} = exp(log_decay_j) * entering_j + states_j,   entering_0 = initial
 
     states (b, h, k, m), log_decay (b, h, k), initial (b, h, 1, m) -> (b, h, k, m), (b, h, 1, m).
-    Each span of chunks is one product with the matrix of its decays. What enters each span is the
-    same question one level up, where spans are chunks: cost linear in k.
+    Each span of 16 chunks is one product with the matrix of its decays. What enters each span is
+    the same question one level up, where spans are chunks: cost linear in k.
     """
     k = states.shape[2]
-    span, pad = min(k, span), -k % min(k, span)
-    if pad:
+    span = min(k, 16)
+    if pad := -k % span:
         states, log_decay = F.pad(states, (0, 0, 0, pad)), F.pad(log_decay, (0, pad))
     states, log_decay = (v.unflatten(2, (-1, span)) for v in (states, log_decay))
     # at the span + 1 borders of the chunks of a span: what its chunks left, what fades since
@@ -471,7 +471,7 @@ def ssd_chunked(x, log_decay, Bm, Cm, initial_state=None, chunk_size=None):
     # 1. Every chunk as if it were a sequence, by itself, and 2. the state that it leaves behind.
     y, states = ssd_quadratic(x, log_decay, Bm, Cm)               # (b k, q, h, p), (b k, h, p, n)
 
-    # 3. The state that enters each chunk. n before p, as write_state made it: nothing is copied.
+    # 3. The state that enters each chunk. n before p, as write_state made it: no copy if g is 1.
     states = states.unflatten(0, (b, k)).permute(0, 2, 1, 4, 3).flatten(3)         # (b, h, k, n p)
     per_chunk = log_decay.sum(1).view(b, k, h).transpose(1, 2)                     # (b, h, k)
     initial = torch.zeros_like(states[:, :, :1]) if initial_state is None else (

@@ -21,7 +21,7 @@ from torchvision.utils import make_grid
 from liquidflow import (PROCESSES, SAMPLERS, TAESD_FILES, create_model, load_checkpoint, sides,
                         write_whole)
 from train import (CHECKPOINT_VERSION, SAMPLER_OF, Parser, Progress, decoded, duration, fit_picture,
-                   guarded, load_taesd, number, pick_device, sampler_options)
+                   guarded, load_taesd, number, pick_device, sampler_options, scaled)
 
 
 def newest_checkpoint(folder="runs"):
@@ -83,7 +83,7 @@ def reconstruct(args, device):
                 picture = fit_picture(image, size)
         except Exception as error:    # a damaged file can fail in any way its decoder likes
             raise ValueError(f"{path}: not a picture that can be read ({error})") from None
-        before = picture[None].float() / 127.5 - 1                             # (1, 3, H, W)
+        before = scaled(picture)[None]                                         # (1, 3, H, W)
         with torch.no_grad():
             after = taesd.decode(taesd.encode(before.to(device))).cpu()
         psnr = -10 * math.log10(max((after - before).square().mean().item() / 4, 1e-10))

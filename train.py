@@ -74,10 +74,12 @@ DEFAULTS = {
 # ------------------------------------------------------------------------------------------------
 
 class DataSet:
-    """What data sets share; each has its own len(), pictures(indices), .labels and .classes."""
+    """What data sets share; each has its own len(), pictures(indices), .labels and .classes.
+
+    Those of pictures also have a .key, which tells the pictures of one set from those of another.
+    """
 
     latents = None    # what sample.py must know of them, where they are no pictures: see Latents
-    key = ""          # tells the pictures of one set from those of another
 
     def __getitem__(self, indices):
         return self.mirrored(self.pictures(indices % len(self)), indices)
@@ -407,8 +409,9 @@ def listing(source, root):
 
     Archives have none: their checksums have been checked.
     """
-    lines = [f"{path.relative_to(root)} {path.stat().st_size} {path.stat().st_mtime_ns}"
-             for path in getattr(source, "paths", [])]
+    paths = getattr(source, "paths", [])
+    lines = [f"{path.relative_to(root)} {stat.st_size} {stat.st_mtime_ns}"
+             for path, stat in ((path, path.stat()) for path in paths)]
     return hashlib.sha1("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
@@ -422,7 +425,8 @@ def stored(make, side=math.inf, package=None, files=None):
     def load(args, device):
         name, size = args.dataset, args.image_size
         try:
-            importlib.import_module(package or "torch")
+            if package:
+                importlib.import_module(package)
         except ImportError:
             raise ValueError(f"--dataset {name} needs {package}: pip install {package}") from None
         root = args.data_dir or ("data" if files else None)
@@ -574,13 +578,16 @@ class Latents(DataSet):
 
     def __init__(self, latents, data, name, device):
         self.stored, self.labels, self.classes = latents.to(device), data.labels, data.classes
-        std, mean = zip(*(torch.std_mean(channel.float()) for channel in latents.unbind(1)))
-        mean, std = (torch.stack(v).view(-1, 1, 1) for v in (mean, std))             # (C, 1, 1)
+        means, stds, limits = [], [], []
+        for channel in latents.unbind(1):                                            # (2 N, h, w)
+            channel = channel.float()    # one at a time, as float32 takes twice the memory
+            std, mean = torch.std_mean(channel)
+            means.append(mean)
+            stds.append(std)
+            limits.append(((channel - mean) / std).abs().max().item())
+        mean, std = (torch.stack(v).view(-1, 1, 1) for v in (means, stds))           # (C, 1, 1)
         self.mean, self.std = mean.to(device), std.to(device)
-        least, most = ((v - mean[:, 0, 0]) / std[:, 0, 0] for v in (
-            latents.amin((0, 2, 3)).float(), latents.amax((0, 2, 3)).float()))
-        limit = torch.maximum(-least, most).max().item()
-        self.latents = dict(name=name, mean=mean, std=std, limit=limit)
+        self.latents = dict(name=name, mean=mean, std=std, limit=max(limits))
 
     def __len__(self):
         return len(self.stored) // 2
@@ -1149,7 +1156,7 @@ def parse_arguments(argv=None):
     add("--process", choices=PROCESSES, help="what it learns; if not given, what it was made for")
     add("--variant", "--model_size", default="tiny",
         help="its size: nano, tiny, small, base, 512 or large")
-    add("--dataset", choices=DATASETS, default="shapes", 
+    add("--dataset", choices=DATASETS, default="shapes",
         help="shapes needs no download; folder is any pictures of yours")
     add("--data_dir", help="the folder of pictures, or of LSUN; where to keep a download (data)")
     add("--max_images", type=number(int, 2), help="read no more than so many pictures")
@@ -1225,8 +1232,8 @@ def run(args):
         raise ValueError(f"--batch_size {args.batch_size} is no multiple of {WORLD} processes "
                          f"times --grad_accum {args.grad_accum}")
     precision = Precision(args.amp, device)
-    state = load_run(args) if args.resume else None
     join_group(device)
+    state = load_run(args) if args.resume else None
     taesd, side, channels = None, args.image_size, 3
     if args.latents != "off":
         if args.image_size < LATENTS_FROM:
