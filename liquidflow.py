@@ -136,14 +136,14 @@ class SinusoidalTimeEmbedding(nn.Module):
     Outside autocast: half precision would blur neighbouring times into one.
     """
 
-    def __init__(self, dim):
+    def __init__(self, dim, scale=1000):
         super().__init__()
-        self.dim = dim
+        self.dim, self.scale = dim, scale
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim))
 
     def forward(self, t):
         with torch.autocast(t.device.type, enabled=False):
-            features = sinusoidal(t, self.dim)
+            features = sinusoidal(t, self.dim, scale=self.scale)
             return self.mlp(features.to(self.mlp[0].weight.dtype))
 
 
@@ -297,11 +297,12 @@ class ParallelCfC(nn.Module):
     """A CfC for every pixel: x (B, dim, H, W), c (B, cond_dim) -> (B, dim, H, W).
 
     f, g and h share one depthwise convolution (kernel_size, odd: ValueError if even) and one
-    expansion to expand * dim channels. |cfc| <= 1, so |out| <= max(|x|, 1) everywhere.
+    expansion to expand * dim channels. |cfc| <= 1, so |out| <= max(|x|, 1) everywhere. With alpha
+    "constant" in place of "liquid" it is 0.993 at any time, for comparison.
     Source: Hasani et al. (2022) for the gate; the relaxation is the LTC solution of step 2.
     """
 
-    def __init__(self, dim, cond_dim, kernel_size=5, expand=2):
+    def __init__(self, dim, cond_dim, kernel_size=5, expand=2, alpha="liquid"):
         super().__init__()
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, to keep the sides, not {kernel_size}")
@@ -315,6 +316,7 @@ class ParallelCfC(nn.Module):
         nn.init.normal_(self.time.weight, std=0.08 / math.sqrt(cond_dim))    # 1, not 1 for every c
         self.bias = zeroed(nn.Linear(cond_dim, dim))          # b(c)
         self.rho = nn.Parameter(torch.zeros(dim))             # lambda = log 2 * 4^tanh(rho)
+        self.fixed_alpha = choose("alpha", alpha, {"liquid": None, "constant": 0.993})
 
     def liquid_time(self, c):
         """ts(c): (B, cond_dim) -> (B, dim), between 1/4 and 4."""
@@ -328,7 +330,9 @@ class ParallelCfC(nn.Module):
         f = self.f_head(self.backbone(x) if features is None else features)     # (B, dim, H, W)
         ts = self.liquid_time(c)                                                # (B, dim)
         gate = torch.sigmoid(-(f * ts[:, :, None, None] + self.bias(c)[:, :, None, None]))
-        alpha = torch.exp(-math.log(2) * 4 ** torch.tanh(self.rho) * ts)
+        alpha = torch.exp(-math.log(2) * 4 ** torch.tanh(self.rho) * ts)        # (B, dim)
+        if self.fixed_alpha:
+            alpha = torch.full_like(alpha, self.fixed_alpha)
         return gate, alpha[:, :, None, None]
 
     def forward(self, x, c):
@@ -581,18 +585,13 @@ def zigzag_orders(height, width):
     return torch.stack([snake(view) for corner in corners for view in (corner, corner.T)])
 
 
-def raster_order(height, width):
-    """Row after row, as a page is read -> LongTensor (1, height * width)."""
-    return torch.arange(height * width)[None]
-
-
 def inverse_order(order):
     """(..., l) -> (..., l): when each cell is visited. tokens[:, order][:, inverse] == tokens."""
     return torch.argsort(order, dim=-1)
 
 
-# name -> function(height, width) -> LongTensor (paths, height * width)
-SCANS = {"zigzag": zigzag_orders, "raster": raster_order}
+# name -> function(height, width) -> LongTensor (paths, height * width); raster: as a page is read
+SCANS = {"zigzag": zigzag_orders, "raster": lambda h, w: torch.arange(h * w)[None]}
 
 
 class Scan(nn.Module):
@@ -634,10 +633,10 @@ class Condition(nn.Module):
     stands for. ValueError for labels given to a model without classes.
     """
 
-    def __init__(self, cond_dim, num_classes):
+    def __init__(self, cond_dim, num_classes, time_scale):
         super().__init__()
         self.num_classes = num_classes
-        self.time = SinusoidalTimeEmbedding(cond_dim)
+        self.time = SinusoidalTimeEmbedding(cond_dim, time_scale)
         self.label = nn.Embedding(num_classes + 1, cond_dim) if num_classes else None
 
     def forward(self, t, y):
@@ -664,10 +663,10 @@ class SpatialMix(nn.Module):
 class UNetBlock(nn.Module):
     """The three residual parts above: x (B, dim, H, W), c (B, cond_dim) -> (B, dim, H, W)."""
 
-    def __init__(self, dim, cond_dim, kernel_size=5, expand=2):
+    def __init__(self, dim, cond_dim, kernel_size=5, expand=2, alpha="liquid"):
         super().__init__()
         self.norm_cfc, self.norm_mix, self.norm_ff = (AdaLN(dim, cond_dim) for _ in range(3))
-        self.cfc = ParallelCfC(dim, cond_dim, kernel_size, expand)
+        self.cfc = ParallelCfC(dim, cond_dim, kernel_size, expand, alpha)
         self.gain = nn.Parameter(torch.full((dim, 1, 1), 0.5))    # near 0: no gradient for the CfC
         self.mix = SpatialMix(dim, kernel_size)
         self.ff = nn.Sequential(
@@ -702,7 +701,7 @@ class LiquidUNet(nn.Module):
     block = UNetBlock
 
     def __init__(self, image_size, in_channels, num_classes, channels=(64, 128, 256),
-                 blocks=(2, 2, 4), cond_dim=256, **block_options):
+                 blocks=(2, 2, 4), cond_dim=256, time_scale=1000, **block_options):
         super().__init__()
         if len(channels) != len(blocks):
             raise ValueError(f"channels {channels} and blocks {blocks} must have the same length")
@@ -714,7 +713,7 @@ class LiquidUNet(nn.Module):
         def stage(dim, count):
             return nn.ModuleList(self.block(dim, cond_dim, **block_options) for _ in range(count))
 
-        self.condition = Condition(cond_dim, num_classes)
+        self.condition = Condition(cond_dim, num_classes, time_scale)
         self.stem = nn.Sequential(
             nn.Conv2d(in_channels, channels[0], 3, padding=1), nn.SiLU(),
             nn.Conv2d(channels[0], channels[0], 3, padding=1))
@@ -768,16 +767,19 @@ def to_grid(tokens, height, width):
 
 
 class TokenCfC(nn.Module):
-    """gain * ParallelCfC on a grid of tokens: u (b, l, dim), c (b, cond_dim) -> (b, l, dim)."""
+    """gain * ParallelCfC on a grid of tokens: u (b, l, dim), c (b, cond_dim) -> (b, l, dim).
 
-    def __init__(self, dim, cond_dim, grid, kernel_size, expand):
+    0 if expand is 0: to tell what a CfC is worth.
+    """
+
+    def __init__(self, dim, cond_dim, grid, kernel_size, expand, alpha):
         super().__init__()
         self.grid = grid
-        self.cfc = ParallelCfC(dim, cond_dim, kernel_size, expand)
+        self.cfc = ParallelCfC(dim, cond_dim, kernel_size, expand, alpha) if expand else None
         self.gain = nn.Parameter(torch.full((dim,), 0.5))         # near 0: no gradient for the CfC
 
     def forward(self, u, c):
-        return self.gain * to_tokens(self.cfc(to_grid(u, *self.grid), c))
+        return self.gain * to_tokens(self.cfc(to_grid(u, *self.grid), c)) if self.cfc else 0 * u
 
 
 class PatchBlock(nn.Module):
@@ -786,11 +788,12 @@ class PatchBlock(nn.Module):
         u = AdaLN(x, c);   x = x + Scan(u) + gain * CfC(u, c);   x = x + FeedForward(AdaLN(x, c))
     """
 
-    def __init__(self, dim, cond_dim, grid, mixer, order, kernel_size=5, cfc_expand=1, ff_expand=4):
+    def __init__(self, dim, cond_dim, grid, mixer, order, kernel_size=5, cfc_expand=1,
+                 alpha="liquid", ff_expand=4):
         super().__init__()
         self.norm_mix, self.norm_ff = AdaLN(dim, cond_dim), AdaLN(dim, cond_dim)
         self.scan = Scan(mixer, order[None])
-        self.cfc = TokenCfC(dim, cond_dim, grid, kernel_size, cfc_expand)
+        self.cfc = TokenCfC(dim, cond_dim, grid, kernel_size, cfc_expand, alpha)
         self.ff = nn.Sequential(
             nn.Linear(dim, ff_expand * dim), nn.GELU(), nn.Linear(ff_expand * dim, dim))
 
@@ -808,11 +811,12 @@ class MambaBlock(nn.Module):
     The scan averages a path and the same path backwards, so each token hears from both sides.
     """
 
-    def __init__(self, dim, cond_dim, grid, mixer, order, kernel_size=5, cfc_expand=1):
+    def __init__(self, dim, cond_dim, grid, mixer, order, kernel_size=5, cfc_expand=1,
+                 alpha="liquid"):
         super().__init__()
         self.norm_in, self.norm_mix, self.norm_out = (AdaLN(dim, cond_dim) for _ in range(3))
         self.cfc_in, self.cfc_out = (
-            TokenCfC(dim, cond_dim, grid, kernel_size, cfc_expand) for _ in range(2))
+            TokenCfC(dim, cond_dim, grid, kernel_size, cfc_expand, alpha) for _ in range(2))
         self.scan = Scan(mixer, torch.stack([order, order.flip(0)]))
 
     def forward(self, x, c):
@@ -860,7 +864,7 @@ class LiquidPatch(nn.Module):
 
     def __init__(self, image_size, in_channels, num_classes, dim=256, depth=4, cond_dim=256,
                  patch_size=0, d_state=64, expand=2, headdim=64, scan="zigzag", mixer="mamba2",
-                 overview=128, **block_options):
+                 overview=128, time_scale=1000, **block_options):
         super().__init__()
         size = sides(image_size)
         P = patch_size or max(self.least_patch, min(size) // self.most_cells)
@@ -871,7 +875,7 @@ class LiquidPatch(nn.Module):
         orders = choose("scan", scan, SCANS)(*self.grid)
         make_mixer = choose("mixer", mixer, MIXERS)
 
-        self.condition = Condition(cond_dim, num_classes)
+        self.condition = Condition(cond_dim, num_classes, time_scale)
         self.embed = nn.Conv2d(in_channels, dim, P, stride=P)
         # Where a token is: one vector for its row, one for its column
         self.rows = nn.Parameter(0.02 * torch.randn(dim, self.grid[0], 1))
@@ -965,7 +969,7 @@ def create_model(arch, variant, image_size, in_channels=3, num_classes=0, **over
         value = tuple(value) if isinstance(value, list) else value
         if type(value) is not kind or value == ():
             raise ValueError(f"option {name} takes {kind.__name__}, not {value!r}")
-        least = 0 if name == "patch_size" else 1
+        least = 0 if name in ("patch_size", "cfc_expand") else 1
         if kind is not str and not all(type(v) is int and v >= least
                                        for v in (value if kind is tuple else (value,))):
             raise ValueError(f"option {name} takes whole numbers from {least} up, not {value!r}")
@@ -1441,24 +1445,22 @@ class TAESD(nn.Module):
         self.latent_channels = latent_channels
         pooled = latent_channels == 32 if pooled is None else pooled
 
+        def conv(dim_in=64, dim_out=64, **options):
+            return nn.Conv2d(dim_in, dim_out, 3, padding=1, **options)
+
         def blocks(pooled=False):
             return [TAESDBlock(pooled) for _ in range(3)]
 
-        def halve():
-            return nn.Conv2d(64, 64, 3, stride=2, padding=1, bias=False)
-
         def double():
-            return [nn.Upsample(scale_factor=2), nn.Conv2d(64, 64, 3, padding=1, bias=False)]
+            return [nn.Upsample(scale_factor=2), conv(bias=False)]
 
         self.encoder = nn.Sequential(
-            nn.Conv2d(3, 64, 3, padding=1), TAESDBlock(),
-            halve(), *blocks(), halve(), *blocks(), halve(), *blocks(pooled),
-            nn.Conv2d(64, latent_channels, 3, padding=1))
-        self.decoder = nn.Sequential(
-            ScaledTanh(3, 1 / 3),                 # latents were within [-3, 3] in its training
-            nn.Conv2d(latent_channels, 64, 3, padding=1), nn.ReLU(),
-            *blocks(pooled), *double(), *blocks(), *double(), *blocks(), *double(),
-            TAESDBlock(), nn.Conv2d(64, 3, 3, padding=1))
+            conv(3), TAESDBlock(), conv(stride=2, bias=False), *blocks(),
+            conv(stride=2, bias=False), *blocks(), conv(stride=2, bias=False), *blocks(pooled),
+            conv(64, latent_channels))
+        self.decoder = nn.Sequential(             # latents were within [-3, 3] in its training
+            ScaledTanh(3, 1 / 3), conv(latent_channels), nn.ReLU(), *blocks(pooled), *double(),
+            *blocks(), *double(), *blocks(), *double(), TAESDBlock(), conv(64, 3))
         self.requires_grad_(False)
 
     def encode(self, images):
@@ -1532,12 +1534,10 @@ class TAESD(nn.Module):
 
 # What the documents claim for each variant, and the size and channels it is claimed for
 CLAIMS = {
-    "patch": {"tiny": ("5.9M", 128), "small": ("13.7M", 128), "base": ("37.6M", 256),
-              "512": ("38.1M", 512)},
-    "unet": {"tiny": ("8M, 23M", 256), "small": ("25M, 69M", 256), "base": ("65M, 154M", 512),
-             "large": ("120M", 512)},
-    "mamba": {"tiny": ("2M", 16), "small": ("8M", 16), "base": ("30M", 16)},
-}
+    "patch tiny": ("5.9M", 128), "patch small": ("13.7M", 128), "patch base": ("37.6M", 256),
+    "patch 512": ("38.1M", 512), "unet tiny": ("8M, 23M", 256), "unet small": ("25M, 69M", 256),
+    "unet base": ("65M, 154M", 512), "unet large": ("120M", 512), "mamba tiny": ("2M", 16),
+    "mamba small": ("8M", 16), "mamba base": ("30M", 16)}
 
 
 def tour():
@@ -1557,10 +1557,9 @@ def tour():
     print(f"§4  LTC by 4, 8, 16 Runge-Kutta steps against the closed form: {', '.join(errors)}")
     state = CfCCell(3, 5)(1e6 * torch.randn(4, 3), torch.randn(4, 5), t)
     print(f"    CfC cell, inputs around 1e6: |state| up to {state.abs().max():.3f}, never above 1")
-    print(f"    CfC on pictures: alpha around {ParallelCfC(48, 64).gates(x, c)[1].mean():.2f}")
-    inputs = [torch.randn(2, 300, 4, 8), -torch.rand(2, 300, 4),              # x, log_decay
-              torch.randn(2, 300, 2, 16), torch.randn(2, 300, 2, 16)]         # Bm, Cm
-    inputs = [v.double() for v in inputs]
+    shapes = (4, 8), (4,), (2, 16), (2, 16)                   # of x, log_decay, Bm, Cm at a token
+    inputs = [torch.randn(2, 300, *shape, dtype=torch.float64) for shape in shapes]
+    inputs[1] = -inputs[1].abs()
     y, _ = ssd_sequential(*inputs)
     print(f"§5  x {tuple(inputs[0].shape)} -> y {tuple(y.shape)}")
     for name, form in (("quadratic", ssd_quadratic), ("chunked", ssd_chunked)):
@@ -1587,9 +1586,9 @@ def tour():
         print(f"§13 {name:<5} in 16, 32, 64 steps, error: {', '.join(errors)}")
 
     print("\nvariant        size  parameters  claimed")
-    for arch, claims in CLAIMS.items():
-        for variant in VARIANTS[arch]:
-            claim, size = claims.get(variant, ("new here", 32))
+    for arch, variants in VARIANTS.items():
+        for variant in variants:
+            claim, size = CLAIMS.get(f"{arch} {variant}", ("new here", 32))
             with torch.device("meta"):               # shapes without memory: enough for counting
                 model = create_model(arch, variant, size, 4 if arch == "mamba" else 3)
             count = sum(p.numel() for p in model.parameters())

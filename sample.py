@@ -3,6 +3,7 @@
     python sample.py                                          newest run below runs/ -> samples.png
     python sample.py --n 16 --sampler heun --steps 25         fewer, better steps
     python sample.py --gif path.gif                           also the way from noise to picture
+    python sample.py --label star --cfg 3                     what it is asked for, after --labels
     python sample.py --reconstruct a.jpg b.png                what an autoencoder does to pictures
 
 The checkpoint holds the model's shape, its process, and the averaged weights, which are the ones
@@ -61,6 +62,19 @@ def draw_noise(n, shape, seed):
     return torch.stack([torch.randn(shape, generator=generator) for _ in range(n)])
 
 
+def labels_of(names, classes):
+    """Numbers of the classes asked for, by name or number; of all, if names is None.
+
+    ValueError for a class that there is not.
+    """
+    numbers = {str(i): i for i in range(len(classes))}
+    numbers.update({name: i for i, name in enumerate(classes)})    # a name goes before a number
+    for name in names or []:
+        if name not in numbers:
+            raise ValueError(f"--label {name}: this model knows {', '.join(classes)}")
+    return [numbers[name] for name in names or classes]
+
+
 def grid_picture(pictures, columns=None):
     """Pictures (n, 3, H, W) in [-1, 1] -> one PIL image, as square a grid as can be if None."""
     grid = make_grid(pictures, nrow=columns or math.ceil(math.sqrt(len(pictures))), normalize=True,
@@ -104,6 +118,10 @@ def parse_arguments(argv=None):
     add("--batch_size", type=number(int, 1), default=64, help="how many at once")
     add("--steps", type=number(int, 1), default=50, help="more is better and slower")
     add("--sampler", choices=SAMPLERS, help="euler for flows and ddim for diffusion if not given")
+    add("--label", nargs="+", metavar="CLASS", help="what to draw, by name or number: a row of "
+        "each; every class, if not given. For models that were trained with --labels")
+    add("--cfg", type=number(float, 0), help="guidance: how much more than the model would the "
+        "pictures should look like their class; 1 not at all, 0 like any. 2 if not given")
     add("--eta", type=number(float, 0, 1), default=0.0, help="ddim only: fresh noise, 0 to 1")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="same seed, same pictures")
     add("--out", default="samples.png", help="where the grid goes")
@@ -143,6 +161,16 @@ def run(args):
             raise ValueError(f"--eta {args.eta}: only --sampler ddim draws fresh noise, not {name}")
         options.update(eta=args.eta, generator=torch.Generator(device).manual_seed(args.seed))
 
+    columns, y = None, None
+    if model.config["num_classes"]:
+        rows = labels_of(args.label, state["classes"])
+        columns = math.ceil(args.n / len(rows)) if len(rows) > 1 else None
+        y = torch.tensor(rows, device=device).repeat_interleave(columns or args.n)
+        args.n = len(y)
+        options["cfg_scale"] = 2.0 if args.cfg is None else args.cfg
+    elif args.label or args.cfg is not None:
+        raise ValueError(f"{path}: knows no classes; --label and --cfg need a model that was "
+                         "trained with --labels")
     shape = model.config["in_channels"], *sides(model.config["image_size"])
     noise = draw_noise(args.n, shape, args.seed)
     print(f"{path}: {model.config['arch']} {model.config['variant']}, step "
@@ -157,16 +185,18 @@ def run(args):
                 frames[step].append(decoded(x_t, taesd, latents).cpu())
 
         sampler = SAMPLERS[name]
-        drawn = sampler(model, process, part.to(device), args.steps, callback=watch, **options)
+        wanted = None if y is None else y[i * args.batch_size:][:len(part)]
+        drawn = sampler(model, process, part.to(device), args.steps, wanted, callback=watch,
+                        **options)
         pictures.append(decoded(drawn, taesd, latents).cpu())
     progress.close()
 
-    grid = grid_picture(torch.cat(pictures))
+    grid = grid_picture(torch.cat(pictures), columns)
     write_whole(args.out, lambda file: grid.save(file, "PNG"))
     seconds = time.time() - start
     print(f"{args.out}: {args.n} pictures in {duration(seconds)} ({args.n / seconds:.1f} a second)")
     if args.gif:
-        images = [grid_picture(torch.cat(frame)) for frame in frames] + [grid]
+        images = [grid_picture(torch.cat(frame), columns) for frame in frames] + [grid]
         times = [max(20, 3000 // args.steps)] * args.steps + [2000]    # ms; rest on the last
         write_whole(args.gif, lambda file: images[0].save(
             file, "GIF", save_all=True, append_images=images[1:], duration=times, loop=0))

@@ -236,9 +236,21 @@ def test_parallel_cfc_starts_with_weight_on_both_branches_and_feels_time(seed):
     assert (early - late).abs().max() > 1e-4    # the seed's mean over the embedding: 0 to 7 digits
 
 
-def test_parallel_cfc_refuses_an_even_kernel():
+def test_a_constant_alpha_hears_nothing_of_time():
+    cfc = shake(lf.ParallelCfC(4, 4, alpha="constant"), 0)
+    x, c = normal(1, 2, 4, 3, 3).float(), normal(2, 2, 4).float()
+    gate, alpha = cfc.gates(x, c)
+    assert torch.equal(alpha, torch.full((2, 4, 1, 1), 0.993)) and not torch.equal(*gate)
+    plain = lf.ParallelCfC(4, 4)
+    plain.load_state_dict(cfc.state_dict())
+    assert torch.equal(plain.gates(x, c)[0], gate) and (plain.gates(x, c)[1] != 0.993).all()
+
+
+def test_parallel_cfc_refuses_what_it_cannot_be():
     with pytest.raises(ValueError, match="odd"):
         lf.ParallelCfC(4, 4, kernel_size=4)
+    with pytest.raises(ValueError, match="liquid, constant"):
+        lf.ParallelCfC(4, 4, alpha="solid")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -576,6 +588,28 @@ def test_every_mixer_and_scan_makes_a_model(name, scan):
     for arch in ("patch", "mamba"):
         model = tiny_model(arch, (16, 8), mixer=name, scan=scan)
         assert model(normal(0, 1, 3, 16, 8), uniform(0, 1)).isfinite().all()
+
+
+@pytest.mark.parametrize("arch", ["patch", "mamba"])
+def test_a_model_without_cfc_is_one_whose_cfc_says_nothing(arch):
+    with_cfc, without = tiny_model(arch), tiny_model(arch, cfc_expand=0)
+    weights = with_cfc.state_dict()
+    assert any(".cfc" in name for name in weights)
+    with torch.no_grad():
+        for name, value in weights.items():
+            if name.endswith(".gain"):
+                value.zero_()    # in place: it is the model's
+    assert not any(".cfc" in name and "gain" not in name for name in without.state_dict())
+    without.load_state_dict(weights, strict=False)
+    x, t = normal(0, 2, 3, 16, 16), uniform(1, 2)
+    assert_close(without(x, t), with_cfc(x, t), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("arch", lf.ARCHS)
+def test_the_time_scale_reaches_the_embedding(arch):
+    embed = tiny_model(arch, time_scale=7).condition.time
+    t = uniform(0, 5)
+    assert_close(embed(t), embed.mlp(lf.sinusoidal(t, embed.dim, scale=7)))
 
 
 @pytest.mark.parametrize("arch, variant, size, channels, claim", [
@@ -1979,6 +2013,79 @@ def test_steps_that_are_not_finite_are_skipped_and_counted_or_end_the_run():
         precision.step(optimizer, [weight], 99, {})
 
 
+def test_the_network_is_told_what_nine_in_ten_pictures_show(tmp_path, monkeypatch, capsys):
+    for i in range(24):                          # what a picture shows is how bright it is
+        (tmp_path / "pictures" / "abc"[i % 3]).mkdir(parents=True, exist_ok=True)
+        Image.new("L", (16, 16), 100 * (i % 3)).save(tmp_path / f"pictures/{'abc'[i % 3]}/{i}.png")
+    told, loss = [], lf.RectifiedFlow.loss
+
+    def spy(self, model, x0, y=None, **options):
+        told.append((x0, y, options.get("reduction")))
+        return loss(self, model, x0, y, **options)
+
+    monkeypatch.setattr(lf.RectifiedFlow, "loss", spy)
+    options = [*SMALL, "--dataset", "folder", "--data_dir", tmp_path / "pictures", "--steps", 200,
+               "--batch_size", 8, "--override", "depth=1", "--out", tmp_path / "run"]
+    for memory in train.IN_MEMORY, 0:            # kept in memory, and streamed
+        monkeypatch.setattr(train, "IN_MEMORY", memory)
+        told.clear()
+        train.main([*map(str, options), "--labels", "--overwrite"])
+        hidden = 0
+        for x0, y, reduction in told:
+            shows = ((x0[:, 0, 0, 0] + 1) * 1.275).round().long()
+            assert reduction == "none" or torch.equal(y, shows)    # nothing is hidden from a test
+            assert ((y == shows) | (y == 3)).all()                 # 3: the null class
+            hidden += (y == 3).sum().item()
+        assert 110 < hidden < 210                                  # of 1,600; deviation 12
+    state = lf.load_checkpoint(tmp_path / "run" / "ckpt.pt")
+    assert state["config"]["num_classes"] == 3 and state["classes"] == ["a", "b", "c"]
+    capsys.readouterr()
+    refused(train.main, [*options, "--resume", "--steps", 300], capsys, "--labels True")
+    shutil.rmtree(tmp_path / "pictures" / "b")
+    shutil.rmtree(tmp_path / "pictures" / "c")
+    refused(train.main, [*options, "--out", tmp_path / "b", "--labels"], capsys, "sub-folders")
+
+
+def test_a_row_of_pictures_for_every_label(tmp_path, monkeypatch, capsys, trained):
+    monkeypatch.chdir(tmp_path)
+    train.main([*SMALL, "--steps", "1", "--labels", "--out", "."])
+    state = lf.load_checkpoint("ckpt.pt")
+    model = shake(lf.create_model(**state["config"]), 0, 0.2)
+    lf.save_checkpoint("ckpt.pt", {**state, "ema": model.state_dict()})
+    flow, kinds = lf.RectifiedFlow(), train.Shapes.classes
+
+    def drawn(*options):
+        """The pictures (n, 16, 16, 3) of a grid, and how many columns it has."""
+        sample.main(["--ckpt", "ckpt.pt", "--steps", "2", "--batch_size", "5", *options])
+        grid = np.asarray(Image.open("samples.png")).astype(float)
+        height, width = (side // 18 for side in grid.shape[:2])
+        return np.stack([grid[18 * i + 2:18 * i + 18, 18 * j + 2:18 * j + 18]
+                         for i in range(height) for j in range(width)]), width
+
+    def exact(labels, cfg_scale):
+        noise = sample.draw_noise(len(labels), (3, 16, 16), 0)
+        y = None if cfg_scale == 0 else torch.tensor(labels)
+        x0 = lf.euler_sample(model, flow, noise, 2, y, cfg_scale)
+        return (x0.clamp(-1, 1).permute(0, 2, 3, 1).numpy() + 1) * 127.5
+
+    every = [i for i in range(6) for _ in range(2)]
+    for cfg in 1.0, 0.0, 3.0:
+        pictures, columns = drawn("--n", "11", "--cfg", str(cfg))    # whole rows: 12
+        assert columns == 2 and np.abs(pictures - exact(every, cfg)).max() < 1.5
+    two, columns = drawn("--n", "6", "--label", "star", "0", "--cfg", "1")
+    assert columns == 3 and kinds[5] == "star"
+    assert np.abs(two - exact([5, 5, 5, 0, 0, 0], 1.0)).max() < 1.5
+    assert np.abs(two - exact([4, 4, 4, 0, 0, 0], 1.0)).max() > 3    # it does make a difference
+    four, columns = drawn("--n", "4", "--label", "ring", "--cfg", "1")
+    assert columns == 2 and np.abs(four - exact([3] * 4, 1.0)).max() < 1.5
+    plain, _ = drawn("--n", "6")
+    assert np.abs(plain - exact(range(6), 2.0)).max() < 1.5          # the default, as --help says
+    refused(sample.main, ["--ckpt", "ckpt.pt", "--label", "cube"], capsys, "cube", "circle", "star")
+    refused(sample.main, ["--ckpt", "ckpt.pt", "--label", "6"], capsys, "6", "circle")
+    for wish in ("--label", "star"), ("--cfg", "2"):
+        refused(sample.main, ["--ckpt", trained / "patch" / "ckpt.pt", *wish], capsys, "--labels")
+
+
 def test_names_of_other_command_lines():
     args = train.parse_arguments(["--model_size", "small", "--img_size", "128", "--epochs", "3"])
     assert (args.variant, args.image_size, args.epochs) == ("small", 128, 3)
@@ -2035,8 +2142,8 @@ train.main({[*SMALL, '--dataset', 'folder', '--data_dir', str(photographs), '--s
 
 
 def test_two_processes_and_parts_of_a_batch_are_one_process(tmp_path, monkeypatch):
-    options, norms, clip = [*SMALL, "--steps", "6", "--log_every", "1", "--lr", "1e-3"], [], (
-        torch.nn.utils.clip_grad_norm_)
+    options = [*SMALL, "--labels", "--steps", "6", "--log_every", "1", "--lr", "1e-3"]
+    norms, clip = [], torch.nn.utils.clip_grad_norm_
 
     def noted(*arguments):
         norms.append(clip(*arguments))
@@ -2399,12 +2506,52 @@ def bench_sampling(device):
     print(f"\nsampling, patch nano, 32 px, 64 at once, 50 Euler steps: {64e3 / ms:.1f} pictures/s")
 
 
+def judge_labels(checkpoint, device, count=600):
+    """Does a model of labelled shapes draw what it is asked for? A classifier is trained to say."""
+    model, process, state = sample.load_model(checkpoint, device)
+    side, kinds = model.config["image_size"], model.config["num_classes"]
+    data = train.Shapes(30_000, side, 1, device)       # other pictures than it was trained on
+    judge = nn.Sequential(
+        nn.Conv2d(3, 32, 3, 2, 1), nn.ReLU(), nn.Conv2d(32, 64, 3, 2, 1), nn.ReLU(),
+        nn.Conv2d(64, 64, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.LazyLinear(kinds)).to(device)
+    judge(data[torch.tensor([0])])                     # which tells the last layer its width
+    optimizer = torch.optim.Adam(judge.parameters(), 2e-3)
+    for batch in (torch.randperm(58_000) % 29_000).split(64):
+        optimizer.zero_grad()
+        F.cross_entropy(judge(data[batch]), data.labels[batch]).backward()
+        optimizer.step()
+
+    @torch.no_grad()
+    def agrees(pictures, labels):
+        return (judge(pictures).argmax(1) == labels).float()
+
+    test = torch.arange(29_000, 30_000)
+    known = agrees(data[test], data.labels[test]).mean()
+    print(f"of 1,000 other shapes the classifier names {known:.1%}")
+    noise = sample.draw_noise(count, (3, side, side), 0).to(device)
+    y = torch.arange(count, device=device) * kinds // count
+    name = train.SAMPLER_OF[process.predicts]
+    options = train.sampler_options(name, state["latents"])
+    for scale in 0.0, 1.0, 1.5, 2.0, 3.0, 4.0:
+        drawn = torch.cat([
+            lf.SAMPLERS[name](model, process, z, 50, labels, scale, **options)
+            for z, labels in zip(noise.split(100), y.split(100))])
+        right = agrees(drawn, y)
+        print(f"cfg {scale}: {right.mean():.1%} of {count} samples are what was asked for; "
+              + ", ".join(f"{kind} {right[y == i].mean():.0%}"
+                          for i, kind in enumerate(state["classes"])), flush=True)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="The tests are run by: python -m pytest")
     parser.add_argument("--bench", action="store_true", help="time the scan, training and sampling")
+    parser.add_argument("--labels", metavar="CKPT", help="how often a model of labelled shapes "
+                        "draws what it is asked for")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     arguments = parser.parse_args()
-    if not arguments.bench:
+    if arguments.labels:
+        judge_labels(arguments.labels, arguments.device)
+    elif not arguments.bench:
         parser.print_help()
     else:
         torch.empty(31 * 2**20, dtype=torch.uint8)    # keeps memory from the system, see train.run

@@ -44,6 +44,7 @@ from liquidflow import (ARCHS, EMA, PHYSICS, PROCESSES, SAMPLERS, TAESD, TAESD_F
                         PhysicsLoss, create_model, load_checkpoint, save_checkpoint, sides)
 
 CHECKPOINT_VERSION = 3      # raised whenever what a checkpoint holds changes its meaning
+LABEL_DROPOUT = 0.1         # of the labels are hidden, so that the model also learns to do without
 HELD_OUT = 512              # pictures that are never trained on (half, of a set below 1,024)
 TEST_SEED = 0               # chooses them and their noise: runs on the same pictures compare
 EPOCH_OF_SHAPES = 50_000    # pictures
@@ -812,19 +813,19 @@ def make_optimizer(model, lr, weight_decay, device):
 
 
 @torch.no_grad()
-def held_out_loss(model, process, pictures, noise, batch=128):
+def held_out_loss(model, process, examples, noise, batch=128):
     """The loss on held-out pictures with fixed noise: the mean over t = 1/16, 3/16 ... 15/16.
 
-    pictures: a function from a slice to (B, 3, H, W). Comparable between runs and steps, as
-    nothing in it is drawn anew.
+    examples: a function from a slice to pictures (B, 3, H, W) and labels, (B,) or None. Comparable
+    between runs and steps, as nothing in it is drawn anew.
     """
     total = 0.0
     for start in range(0, len(noise), batch):
         part = slice(start, start + batch)
-        x0 = pictures(part)
+        x0, y = examples(part)
         for i in range(8):
             t = torch.full((len(x0),), (2 * i + 1) / 16, device=x0.device)
-            loss = process.loss(model, x0, t=t, noise=noise[part].to(x0.device))[0]
+            loss = process.loss(model, x0, y, t=t, noise=noise[part].to(x0.device))[0]
             total += loss.item() * len(x0)
     return total / (8 * len(noise))
 
@@ -934,18 +935,13 @@ class Precision:
         self.scaler.update()
 
 
-def compiled(model, device):
-    """--compile: the model, turned by torch.compile into fused code; the weights stay the model's.
-
-    A first, tiny program tells at once, and not after the data, whether there is a compiler:
-    ValueError if not.
-    """
+def check_compiler(device):
+    """ValueError if torch.compile does not work here: told at once, and not after the data."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
     except RuntimeError as error:
         raise ValueError("--compile: torch.compile does not work here: "
                          + str(error).split("\n\n")[0]) from None    # without advice to debug it
-    return torch.compile(model)
 
 
 class Stop:
@@ -1046,14 +1042,23 @@ def train(args, model, network, data, taesd, precision, stop, state=None):
             leftover.unlink()
     # Every process takes grad_accum parts of a batch, one after the other
     mine = torch.arange(args.batch_size).chunk(WORLD * args.grad_accum)[RANK::WORLD]
+    classes = model.config["num_classes"]    # the labels are 0 ... classes - 1, and hidden: classes
+
+    def labels(indices):
+        """What the network is told of these pictures: (B,), or None."""
+        known = data.labels[(indices % len(data)).to(data.labels.device)]
+        return known.to(device) if classes else None
+
     batches = shuffled(training, args.batch_size, args.seed, skip=first, mirror=len(data))
-    pictures = data.batches(indices[part] for indices in batches for part in mine)
+    order, again = itertools.tee(indices[part] for indices in batches for part in mine)
+    examples = zip(data.batches(order), map(labels, again))
     network = DistributedDataParallel(network) if WORLD > 1 else network
 
     fixed = torch.Generator().manual_seed(TEST_SEED)    # for noise that never changes
     shape = model.config["in_channels"], *sides(model.config["image_size"])
     test_noise = torch.randn(len(held_out), *shape, generator=fixed)
     sample_noise = torch.randn(36, *shape, generator=fixed).to(device)
+    sample_labels = torch.arange(36, device=device) // 6 % classes if classes else None    # in rows
 
     def save(step):
         """Writes ckpt.pt: all that the run needs to go on, and what sample.py needs."""
@@ -1068,11 +1073,12 @@ def train(args, model, network, data, taesd, precision, stop, state=None):
         """Draws a grid of pictures from the averaged weights; returns their held-out loss."""
         name = SAMPLER_OF[process.predicts]
         options = sampler_options(name, data.latents)
-        drawn = SAMPLERS[name](ema.model, process, sample_noise, 50, **options)
+        drawn = SAMPLERS[name](ema.model, process, sample_noise, 50, sample_labels, **options)
         save_image(decoded(drawn, taesd, data.latents), out / "samples" / f"step_{step:06d}.png",
                    nrow=6, normalize=True, value_range=(-1, 1))
-        return held_out_loss(ema.model, process, lambda part: data[held_out[part]], test_noise,
-                             min(128, max(32, len(mine[0]))))
+        return held_out_loss(
+            ema.model, process, lambda part: (data[held_out[part]], labels(held_out[part])),
+            test_noise, min(128, max(32, len(mine[0]))))
 
     log = Log(out / "log.csv", physics.weights, device, first)
     progress, shown = Progress("step", args.steps, first), ""
@@ -1084,14 +1090,17 @@ def train(args, model, network, data, taesd, precision, stop, state=None):
 
         all_t = draw_times(process, args.batch_size, device)                  # (batch,)
         all_noise = torch.randn(args.batch_size, *shape, device=device)       # (batch, C, H, W)
+        hidden = torch.rand(args.batch_size, device=device) < LABEL_DROPOUT if classes else None
         optimizer.zero_grad()
         for part in mine:
-            x0, t = next(pictures), all_t[part]                               # (B, C, H, W), (B,)
+            (x0, y), t = next(examples), all_t[part]                          # (B, C, H, W), (B,)
+            if classes:
+                y = torch.where(hidden[part], classes, y)
             waiting = WORLD > 1 and part is not mine[-1]    # gradients are exchanged once a step
             with network.no_sync() if waiting else contextlib.nullcontext():
                 with precision.autocast():
                     errors, x0_hat, _ = process.loss(
-                        network, x0, t=t, noise=all_noise[part], reduction="none")    # (B,)
+                        network, x0, y, t=t, noise=all_noise[part], reduction="none")    # (B,)
                 loss = errors.mean()
                 penalty, parts = physics(x0_hat, x0, process.alpha_sigma(t)[0], step)
                 precision.scaler.scale((loss + penalty) / len(mine)).backward()
@@ -1159,6 +1168,8 @@ def parse_arguments(argv=None):
     add("--dataset", choices=DATASETS, default="shapes",
         help="shapes needs no download; folder is any pictures of yours")
     add("--data_dir", help="the folder of pictures, or of LSUN; where to keep a download (data)")
+    add("--labels", action="store_true",
+        help="tell the model what each picture shows, so that sample.py can ask for it")
     add("--max_images", type=number(int, 2), help="read no more than so many pictures")
     add("--image_size", "--img_size", type=number(int, 1), default=32,
         help="side of a picture, in pixels")
@@ -1232,6 +1243,8 @@ def run(args):
         raise ValueError(f"--batch_size {args.batch_size} is no multiple of {WORLD} processes "
                          f"times --grad_accum {args.grad_accum}")
     precision = Precision(args.amp, device)
+    if args.compile:
+        check_compiler(device)
     join_group(device)
     state = load_run(args) if args.resume else None
     taesd, side, channels = None, args.image_size, 3
@@ -1242,19 +1255,25 @@ def run(args):
                  "pixels")
         taesd = first_come_first(lambda: load_taesd(args.latents, args.taesd_dir, device))
         side, channels = side // 8, taesd.latent_channels
+    make_model = functools.partial(create_model, args.arch, args.variant, side, channels,
+                                   **dict(args.override))
     try:
-        model = create_model(args.arch, args.variant, side, channels, **dict(args.override))
+        with torch.device("meta"):    # without memory: what cannot be made is refused at once, and
+            make_model()              # not after a download
     except ValueError as error:
         eighth = f"; latents have an eighth of --image_size {args.image_size}" if taesd else ""
         raise ValueError(f"{error}{eighth}") from None
-    model.to(device)
-    network = compiled(model, device) if args.compile else model
     data = first_come_first(lambda: DATASETS[args.dataset](args, device))
     if len(data) < 2:
         raise ValueError("one picture is too few: one is held out, and none is left to train on")
     if taesd:
         latents = first_come_first(lambda: cached_latents(data, taesd, args, device))
         data = Latents(latents, data, args.latents, device)
+    if args.labels and len(data.classes) < 2:
+        raise ValueError(f"--labels: the pictures of --dataset {args.dataset} have no classes; "
+                         "those of a folder are its sub-folders, two or more")
+    model = make_model(num_classes=len(data.classes) if args.labels else 0).to(device)
+    network = torch.compile(model) if args.compile else model    # it shares the model's weights
     training = len(held_out_split(len(data), TEST_SEED)[0])
     if args.epochs:
         args.steps = -(-args.epochs * training // args.batch_size)                # rounded up
