@@ -727,9 +727,12 @@ class LiquidUNet(nn.Module):
         self.norm = AdaLN(channels[0], cond_dim)
         # Answer 0 at first: then the first loss is known (§11)
         self.head = zeroed(nn.Conv2d(channels[0], in_channels, 3, padding=1))
+        # Much of the answer is x itself, in a share that t decides: c_skip in Karras et al. (2022)
+        self.direct = zeroed(nn.Linear(cond_dim, in_channels))
 
     def forward(self, x, t, y=None):
         c = self.condition(t, y)                                      # (B, cond_dim)
+        direct = self.direct(c)[:, :, None, None] * x                 # (B, C, H, W)
         x = self.stem(x)                                              # (B, channels[0], H, W)
         skips = []
         for i, stage in enumerate(self.encoder):
@@ -746,7 +749,7 @@ class LiquidUNet(nn.Module):
                 x = self.fuse[i](x, skips.pop(), c)
             for block in stage:
                 x = block(x, c)
-        return self.head(F.silu(self.norm(x, c)))                     # (B, C, H, W)
+        return self.head(F.silu(self.norm(x, c))) + direct            # (B, C, H, W)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -991,8 +994,8 @@ def create_model(arch, variant, image_size, in_channels=3, num_classes=0, **over
 #     rectified flow   alpha = 1 - t, sigma = t             learns velocity = noise - x0 = dx_t/dt
 #     VP diffusion     alpha^2 + sigma^2 = 1 (a table)      learns noise
 #
-# Many papers count the other way, t = 1 for data. Interpolant, target and sampler must be turned
-# round together or not at all; here a process is one class that holds all that they need.
+# Many papers count the other way, t = 1 for data. Interpolant, target and sampler turn round
+# together or not at all, so one class holds all that they need.
 #
 # What loss to expect? A new network answers 0, so its first velocity loss is the mean square of
 # noise - x0, 1 + E[x0^2], and its first noise loss is 1. Neither can fall to 0: one noisy picture
@@ -1109,8 +1112,8 @@ PROCESSES = {"flow": RectifiedFlow, "diffusion": VPDiffusion}
 # believes in, and costs nothing once training is over.
 #
 # They must not speak too loudly. x0_hat at high noise is rightly a blur, the mean of all pictures
-# that it could be. Asking it for the sharp gradients of x0 then asks for a worse answer.
-# Every picture is therefore weighted by its signal, alpha(t)^2, and the terms are warmed up.
+# that it could be; to ask it for sharp gradients is to ask for a worse answer. So every picture is
+# weighted by its signal, alpha(t)^2, and the terms are warmed up.
 
 def picture_mean(x):
     """(B, ...) -> (B,): the mean over all but the first axis; 0 where there is nothing."""
@@ -1354,10 +1357,7 @@ class EMA:
 
 
 def write_whole(path, fill):
-    """Writes a file whole or not at all: fill(file) on a temporary file, which is then renamed.
-
-    Whatever goes wrong on the way, a file that was at `path` before is still there, and whole.
-    """
+    """fill(file), on a temporary file that is then renamed: all of the new file, or the old one."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
