@@ -26,7 +26,7 @@ Conventions
                   what is cumulated or exponentiated (decays, carried states, norms, the time
                   embedding, losses) is computed in float32. A float64 model stays float64.
 
-Two alphabets, so that a size has one letter (inside a formula, letters are those of its paper)
+Two alphabets, one for each world (inside a formula, letters are those of its paper)
     picture (B, C, H, W)     batch, channels, height, width (and P, the side of a patch)
     tokens  (b, l, d)        batch, length, width of a token
             h, p             heads, and the width of one head: h * p channels in all
@@ -106,7 +106,7 @@ def choose(what, name, table):
 # ------------------------------------------------------------------------------------------------
 # §2  Time embedding
 #
-# A network cannot do much with the bare number t: a layer that multiplies t by a weight can only
+# A network cannot do much with the bare number t: weights times t, and then an activation, can only
 # bend slowly along it. So t is shown on dim/2 clock hands that turn at speeds from fast to slow:
 #
 #     sinusoidal(t) = [cos(scale * t * freq_k) | sin(scale * t * freq_k)],
@@ -163,8 +163,8 @@ class AdaLN(nn.Module):
     """Adaptive normalisation: (B, dim, H, W) or (b, l, dim), with c (B, cond_dim) -> x's shape.
 
     Pictures are normalised by groups of channels (the largest number of groups up to 32 that
-    divides dim), tokens over dim; no learned affine, eps 1e-6. Source: the zero-initialised adaLN
-    of Peebles & Xie (2023), "Scalable Diffusion Models with Transformers", without their gate.
+    divides dim), tokens over dim; no learned affine, eps 1e-6. Source: the adaLN-Zero of Peebles &
+    Xie (2023), "Scalable Diffusion Models with Transformers", without its gate on the residual.
     """
 
     def __init__(self, dim, cond_dim):
@@ -232,8 +232,8 @@ def ltc_closed_form(x0, f, A, tau, t):
 
 # Step 3: the learned gate. Inputs that change leave an integral that nobody can solve. The closed-
 # form continuous-time cell (CfC) keeps the shape of the solution above, a start that hands over to
-# an end as time passes, and learns the parts: the start g, the end h, the speed f of the change,
-# and its offset b. A sigmoid takes the place of the exponential:
+# an end as time passes, and learns the parts: the start g, the end h, the speed f of the change (of
+# any sign now), and its offset b. A sigmoid takes the place of the exponential:
 #
 #     gate = sigmoid(-(f * t + b)),    new state = gate * g + (1 - gate) * h
 #
@@ -264,7 +264,7 @@ class CfCCell(nn.Module):
         super().__init__()
         layers, width = [], input_size + hidden_size
         for _ in range(backbone_layers):
-            # LeCun's tanh (LeCun et al., 1998): its outputs keep a variance near 1
+            # LeCun's tanh (LeCun et al., 1998): takes 1 to 1 and -1 to -1, and has room beyond
             layers += [nn.Linear(width, backbone_units), ScaledTanh(1.7159, 0.666)]
             width = backbone_units
         self.backbone = nn.Sequential(*layers)
@@ -281,17 +281,17 @@ class CfCCell(nn.Module):
         return gate * g + (1 - gate) * h                                         # (b, hidden)
 
 
-# For pictures there is no sequence to step through: every pixel is a liquid neuron, all of them
-# are computed at once, and time is the noise level. ParallelCfC asks the condition c how long its
-# neurons have had, the liquid time ts(c) > 0 of each channel, and uses that time twice:
+# The cell steps through a sequence; the models below use another form. In a picture every pixel is
+# a liquid neuron, all are computed at once, and the noise level decides how long they have had:
+# ParallelCfC makes of the condition c a liquid time ts(c) > 0 of each channel, and uses it twice:
 #
 #     gate = sigmoid(-(f * ts + b(c))),    cfc = gate * g + (1 - gate) * h        as in the cell
 #     out  = alpha * x + (1 - alpha) * cfc,    alpha = exp(-lambda * ts)          relaxation
 #
 # The second line is step 2 again: x relaxes towards cfc at a learned rate lambda > 0. ts and lambda
 # are kept within a factor of 4 of where they start (1 and log 2, so alpha = 0.5^ts at first): then
-# alpha stays below 0.96, and the liquid part is never cut off. (As ts, a mean of the embedding, as
-# in one of our sources, would hardly change with t: alpha would stay at 0.993.)
+# alpha stays below 0.96, and the liquid part is never cut off. (One of our sources takes the mean
+# of the embedding for ts, clamped to 0.01 at least: alpha is then 0.993 whatever t is.)
 
 class ParallelCfC(nn.Module):
     """A CfC for every pixel: x (B, dim, H, W), c (B, cond_dim) -> (B, dim, H, W).
@@ -312,8 +312,9 @@ class ParallelCfC(nn.Module):
         self.f_head = nn.Conv2d(expand * dim, dim, 1)
         self.g_head = nn.Conv2d(expand * dim, dim, 1)
         self.h_head = nn.Conv2d(expand * dim, dim, 1)
-        self.time = zeroed(nn.Linear(cond_dim, dim))          # ts = 4^tanh(time(c)): at first near
-        nn.init.normal_(self.time.weight, std=0.08 / math.sqrt(cond_dim))    # 1, not 1 for every c
+        # ts = 4^tanh(time(c)): near 1 at first, but not the same for every c
+        self.time = zeroed(nn.Linear(cond_dim, dim))
+        nn.init.normal_(self.time.weight, std=0.08 / math.sqrt(cond_dim))
         self.bias = zeroed(nn.Linear(cond_dim, dim))          # b(c)
         self.rho = nn.Parameter(torch.zeros(dim))             # lambda = log 2 * 4^tanh(rho)
         self.fixed_alpha = choose("alpha", alpha, {"liquid": None, "constant": 0.993})
@@ -323,10 +324,7 @@ class ParallelCfC(nn.Module):
         return 4 ** torch.tanh(full(self.time(c)))
 
     def gates(self, x, c, features=None):
-        """What the liquid part decides: gate (B, dim, H, W) and alpha (B, dim, 1, 1), in (0, 1).
-
-        forward passes the features that it has already; everyone else leaves them out.
-        """
+        """What the liquid part decides: gate (B, dim, H, W) and alpha (B, dim, 1, 1), in (0, 1)."""
         f = self.f_head(self.backbone(x) if features is None else features)     # (B, dim, H, W)
         ts = self.liquid_time(c)                                                # (B, dim)
         gate = torch.sigmoid(-(f * ts[:, :, None, None] + self.bias(c)[:, :, None, None]))
@@ -360,7 +358,7 @@ class ParallelCfC(nn.Module):
 # is the duality: the same numbers by a loop over l, or by an (l, l) matrix. The loop takes l steps
 # that wait for each other, the matrix costs l^2; chunks of the sequence give the best of both.
 #
-# The three ssd functions share arguments and results (x already multiplied by the step dt; t counts
+# The three ssd functions share arguments and results (x already multiplied by §6's dt; t counts
 # tokens in this section; "r p" in a shape is one axis of r * p numbers):
 #     x (b, l, h, p), log_decay (b, l, h) <= 0, Bm and Cm (b, l, g, n), head i uses group i // r,
 #     r = h / g; initial_state (b, h, p, n), zero if None -> y (b, l, h, p), a final state like it.
@@ -384,7 +382,7 @@ def ssd_sequential(x, log_decay, Bm, Cm, initial_state=None):
 
 
 def fading(log_decay):
-    """(..., l) -> (..., l, l): entry [t, s] = exp(a_{s+1} + ... + a_t), 1 for s > t (to be masked).
+    """(..., l) -> (..., l, l): entry [t, s] = exp(a_{s+1} + ... + a_t), unmasked.
 
     exp(cumsum(a)[t] - cumsum(a)[s]) would lose digits: after a hundred decays of -60 the sums are
     large, and their difference errs by 5e-4 in float32. So each column is summed by itself.
@@ -398,7 +396,7 @@ def fading(log_decay):
 def write_state(x, log_decay, Bm):
     """The state that tokens leave behind, each faded by the decays after it: (b, h, p, n)."""
     b, l, g, n = Bm.shape
-    after = F.pad(log_decay, (0, 0, -1, 1)).flip(1).cumsum(1).flip(1)     # summed from the end
+    after = F.pad(log_decay, (0, 0, -1, 1)).flip(1).cumsum(1).flip(1)     # a_{s+1} + ... + a_l
     faded = (x * after.exp().to(x.dtype)[..., None]).reshape(b, l, g, -1)          # (b, l, g, r p)
     state = Bm.permute(0, 2, 3, 1) @ faded.transpose(1, 2)                         # (b, g, n, r p)
     return state.unflatten(3, (-1, x.shape[3])).permute(0, 1, 3, 4, 2).flatten(1, 2)
@@ -431,7 +429,7 @@ def carry_states(states, log_decay, initial):
 
         entering_{j+1} = exp(log_decay_j) * entering_j + states_j,   entering_0 = initial
 
-    states (b, h, k, m), log_decay (b, h, k), initial (b, h, 1, m) -> (b, h, k, m), (b, h, 1, m).
+    states (b, h, k, m), m = n p, log_decay (b, h, k), initial (b, h, 1, m); the results likewise.
     Each span of 16 chunks is one product with the matrix of its decays. What enters each span is
     the same question one level up, where spans are chunks: cost linear in k.
     """
@@ -440,7 +438,7 @@ def carry_states(states, log_decay, initial):
     if pad := -k % span:
         states, log_decay = F.pad(states, (0, 0, 0, pad)), F.pad(log_decay, (0, pad))
     states, log_decay = (v.unflatten(2, (-1, span)) for v in (states, log_decay))
-    # at the span + 1 borders of the chunks of a span: what its chunks left, what fades since
+    # At each of a span's borders: S, what its chunks have left; since, the decays from its start
     decay = F.pad(fading(log_decay).tril(), (0, 0, 1, 0))           # (b, h, spans, span + 1, span)
     since = F.pad(log_decay, (1, 0)).cumsum(3)[..., None]           # (b, h, spans, span + 1, 1)
     S = decay @ states                                              # (b, h, spans, span + 1, m)
@@ -454,7 +452,7 @@ def ssd_chunked(x, log_decay, Bm, Cm, initial_state=None, chunk_size=None):
     """The fast form: quadratic inside a chunk, states carried between chunks; cost linear in l.
 
     chunk_size >= 1 (else ValueError) changes the result by rounding only. None: uncut up to 64
-    tokens, else the power of 2, from 16 up, that makes M of a chunk about as large as a state.
+    tokens, else a power of 2, from 16 up, near sqrt(p n): M of a chunk is as large as a state.
     """
     b, l, h, p = x.shape
     n, log_decay = Bm.shape[3], full(log_decay)
@@ -475,7 +473,7 @@ def ssd_chunked(x, log_decay, Bm, Cm, initial_state=None, chunk_size=None):
     # 1. Every chunk as if it were a sequence, by itself, and 2. the state that it leaves behind.
     y, states = ssd_quadratic(x, log_decay, Bm, Cm)               # (b k, q, h, p), (b k, h, p, n)
 
-    # 3. The state that enters each chunk. n before p, as write_state made it: no copy if g is 1.
+    # 3. The state that enters each chunk. n before p, as write_state made it: no copy if h is g.
     states = states.unflatten(0, (b, k)).permute(0, 2, 1, 4, 3).flatten(3)         # (b, h, k, n p)
     per_chunk = log_decay.sum(1).view(b, k, h).transpose(1, 2)                     # (b, h, k)
     initial = torch.zeros_like(states[:, :, :1]) if initial_state is None else (
@@ -485,14 +483,14 @@ def ssd_chunked(x, log_decay, Bm, Cm, initial_state=None, chunk_size=None):
     entering = entering.unflatten(3, (n, p)).permute(0, 2, 1, 4, 3).flatten(0, 1)  # (b k, h, p, n)
 
     # 4. What each token reads from the state that entered its chunk.
-    y = read_state(Cm, entering.to(x.dtype), log_decay) + y    # first: the sum is laid out like it
+    y = read_state(Cm, entering.to(x.dtype), log_decay) + y    # a sum is laid out as its first
     return y.reshape(b, k * q, h, p)[:, :l].to(x.dtype), final_state.view(b, h, n, p).mT
 
 
 # ------------------------------------------------------------------------------------------------
 # §6  The Mamba-2 mixer
 #
-# §5 is an operator without parameters. The mixer computes its arguments from the tokens, so that
+# §5 is an operator without parameters. The mixer computes its arguments from the tokens u, so that
 # the data decide what is written, what is read, and how fast the state fades:
 #
 #     z, x, Bm, Cm, dt = in_proj(u)
@@ -508,8 +506,8 @@ class Mamba2(nn.Module):
     """The Mamba-2 token mixer: (b, l, d_model) -> (b, l, d_model), causal in the order of l.
 
     Parameter names, shapes and initial values are those of the official module (Dao & Gu, 2024;
-    state-spaces/mamba), so its weights load here; the norm is over all of d_inner. d_state is §5's
-    n, headdim p, ngroups g. ValueError unless headdim divides expand * d_model, and g the heads.
+    state-spaces/mamba), so its weights load here; but the norm is over all of d_inner. d_state is
+    §5's n, headdim p, ngroups g. ValueError unless headdim divides expand * d_model, and g heads.
     """
 
     def __init__(self, d_model, d_state=64, d_conv=4, expand=2, headdim=64, ngroups=1,
@@ -522,11 +520,11 @@ class Mamba2(nn.Module):
         if nheads % ngroups:
             raise ValueError(f"ngroups = {ngroups} must divide the number of heads, {nheads}")
         self.headdim, self.ngroups, self.chunk_size = headdim, ngroups, chunk_size
-        d_conv_in = d_inner + 2 * ngroups * d_state                    # x, Bm and Cm side by side
-        self.sizes = d_inner, ngroups * d_state, nheads, d_conv_in
+        conv_dim = d_inner + 2 * ngroups * d_state                    # x, Bm and Cm side by side
+        self.sizes = d_inner, ngroups * d_state, nheads, conv_dim
 
-        self.in_proj = nn.Linear(d_model, d_inner + d_conv_in + nheads, bias=False)
-        self.conv1d = nn.Conv1d(d_conv_in, d_conv_in, d_conv, groups=d_conv_in)
+        self.in_proj = nn.Linear(d_model, d_inner + conv_dim + nheads, bias=False)
+        self.conv1d = nn.Conv1d(conv_dim, conv_dim, d_conv, groups=conv_dim)
         # Steps start log-uniform between 1e-3 and 1e-1: some heads remember long, some briefly.
         dt = torch.exp(torch.empty(nheads).uniform_(math.log(1e-3), math.log(1e-1)))
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))      # softplus(dt_bias) = dt
@@ -536,11 +534,11 @@ class Mamba2(nn.Module):
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
 
     def forward(self, u):
-        d_inner, d_bc, nheads, d_conv_in = self.sizes
-        z, xBC, dt = self.in_proj(u).split([d_inner, d_conv_in, nheads], dim=-1)    # (b, l, ...)
+        d_inner, d_bc, nheads, conv_dim = self.sizes
+        z, xBC, dt = self.in_proj(u).split([d_inner, conv_dim, nheads], dim=-1)    # (b, l, ...)
         # Padded on the left only, so causal. conv2d, since it takes channels last without a copy.
         xBC = F.pad(xBC, (0, 0, self.conv1d.kernel_size[0] - 1, 0)).transpose(1, 2)[:, :, None]
-        xBC = F.conv2d(xBC, self.conv1d.weight[:, :, None], self.conv1d.bias, groups=d_conv_in)
+        xBC = F.conv2d(xBC, self.conv1d.weight[:, :, None], self.conv1d.bias, groups=conv_dim)
         x, Bm, Cm = F.silu(xBC[:, :, 0].transpose(1, 2)).split([d_inner, d_bc, d_bc], dim=-1)
         x = x.unflatten(-1, (nheads, self.headdim))                                 # (b, l, h, p)
         Bm, Cm = (v.unflatten(-1, (self.ngroups, -1)) for v in (Bm, Cm))            # (b, l, g, n)
@@ -554,7 +552,7 @@ class Mamba2(nn.Module):
 
 
 # What mixes the tokens of a model: name -> class, made as cls(dim, d_state=, expand=, headdim=),
-# mapping (b, l, dim) to the same shape. "none" returns its input: it tells what a scan is worth.
+# mapping (b, l, dim) to the same shape. "none" returns its input: it tells what mixing is worth.
 MIXERS = {"mamba2": Mamba2, "none": nn.Identity}
 
 
@@ -564,7 +562,7 @@ MIXERS = {"mamba2": Mamba2, "none": nn.Identity}
 # §5 reads a sequence, but a picture has none: some order must be chosen. Reading row after row, as
 # a page, jumps from the end of each row to the start of the next. A zigzag turns round instead, so
 # that consecutive tokens are always neighbours. On one path a token hears only what came before
-# it; so each block takes another of eight: from each corner, along rows or along columns.
+# it; so blocks take turns with eight, from each corner along rows or columns, or average a few.
 #
 # order[i] is the raster index of the cell that is visited i-th: tokens[:, order] lays the cells
 # along the path. The other reading, "when is cell i visited", is its inverse. They are easily
@@ -590,7 +588,7 @@ def inverse_order(order):
     return torch.argsort(order, dim=-1)
 
 
-# name -> function(height, width) -> LongTensor (paths, height * width); raster: as a page is read
+# name -> function(height, width), any grid -> LongTensor (paths, height * width); raster: as a page
 SCANS = {"zigzag": zigzag_orders, "raster": lambda h, w: torch.arange(h * w)[None]}
 
 
@@ -652,11 +650,11 @@ class SpatialMix(nn.Module):
     def __init__(self, dim, kernel_size):
         super().__init__()
         self.local = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
-        self.everywhere = nn.Conv2d(dim, dim, 1)
+        self.whole = nn.Conv2d(dim, dim, 1)
         self.merge = nn.Conv2d(2 * dim, dim, 1)
 
     def forward(self, x):
-        mean = self.everywhere(x.mean((2, 3), keepdim=True)).expand_as(x)    # (B, dim, H, W)
+        mean = self.whole(x.mean((2, 3), keepdim=True)).expand_as(x)    # (B, dim, H, W)
         return F.silu(self.merge(torch.cat([self.local(x), mean], dim=1)))
 
 
@@ -667,7 +665,7 @@ class UNetBlock(nn.Module):
         super().__init__()
         self.norm_cfc, self.norm_mix, self.norm_ff = (AdaLN(dim, cond_dim) for _ in range(3))
         self.cfc = ParallelCfC(dim, cond_dim, kernel_size, expand, alpha)
-        self.gain = nn.Parameter(torch.full((dim, 1, 1), 0.5))    # near 0: no gradient for the CfC
+        self.gain = nn.Parameter(torch.full((dim, 1, 1), 0.5))    # at 0 the CfC would not learn
         self.mix = SpatialMix(dim, kernel_size)
         self.ff = nn.Sequential(
             nn.Conv2d(dim, expand * dim, 1), nn.SiLU(), nn.Conv2d(expand * dim, dim, 1))
@@ -727,7 +725,7 @@ class LiquidUNet(nn.Module):
         self.norm = AdaLN(channels[0], cond_dim)
         # Answer 0 at first: then the first loss is known (§11)
         self.head = zeroed(nn.Conv2d(channels[0], in_channels, 3, padding=1))
-        # Much of the answer is x itself, in a share that t decides: c_skip in Karras et al. (2022)
+        # A share of x itself, set by c: c_skip in Karras et al. (2022). Token models learn less so
         self.direct = zeroed(nn.Linear(cond_dim, in_channels))
 
     def forward(self, x, t, y=None):
@@ -770,19 +768,19 @@ def to_grid(tokens, height, width):
 
 
 class TokenCfC(nn.Module):
-    """gain * ParallelCfC on a grid of tokens: u (b, l, dim), c (b, cond_dim) -> (b, l, dim).
-
-    0 if expand is 0: to tell what a CfC is worth.
-    """
+    """gain * ParallelCfC: u (b, l, dim), c (b, cond_dim) -> (b, l, dim); 0 where expand is 0."""
 
     def __init__(self, dim, cond_dim, grid, kernel_size, expand, alpha):
         super().__init__()
         self.grid = grid
         self.cfc = ParallelCfC(dim, cond_dim, kernel_size, expand, alpha) if expand else None
-        self.gain = nn.Parameter(torch.full((dim,), 0.5))         # near 0: no gradient for the CfC
+        if expand:
+            self.gain = nn.Parameter(torch.full((dim,), 0.5))     # at 0 the CfC would not learn
 
     def forward(self, u, c):
-        return self.gain * to_tokens(self.cfc(to_grid(u, *self.grid), c)) if self.cfc else 0 * u
+        if self.cfc is None:
+            return torch.zeros_like(u)
+        return self.gain * to_tokens(self.cfc(to_grid(u, *self.grid), c))
 
 
 class PatchBlock(nn.Module):
@@ -831,7 +829,7 @@ class MambaBlock(nn.Module):
 class Overview(nn.Module):
     """One look at the whole picture: tokens (b, l, dim) in raster order -> the same shape.
 
-        x = x + write(enlarge(mix(v))),   v = shrink(read(norm(x))), 8 numbers in 8 x 8 cells
+        x = x + write(resize(mix(v))),   v = resize(read(norm(x))), 8 numbers in 8 x 8 cells
 
     A scan passes on what it remembers, a convolution reaches its neighbours; in a small model
     neither brings the far ends of a shape together. mix is a network of `units` over all 8 * 64
@@ -884,8 +882,8 @@ class LiquidPatch(nn.Module):
         self.rows = nn.Parameter(0.02 * torch.randn(dim, self.grid[0], 1))
         self.columns = nn.Parameter(0.02 * torch.randn(dim, 1, self.grid[1]))
         self.stem = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
-        # Each block reads along one path. In steps of 13 they go through the eight zigzags as
-        # 0 5 2 7 4 1 6 3: the first four start from four corners, rows and columns in turn.
+        # Each block reads along one path. In steps of 13 (prime: any number of paths gets its turn)
+        # they go 0 5 2 7 4 1 6 3: the first four from four corners, rows and columns in turn.
         self.blocks = nn.ModuleList(
             self.block(dim, cond_dim, self.grid,
                        make_mixer(dim, d_state=d_state, expand=expand, headdim=headdim),
@@ -905,9 +903,9 @@ class LiquidPatch(nn.Module):
         for i, block in enumerate(self.blocks):
             if i == len(self.blocks) // 2:
                 x = self.overview(x)
-            late = i - (len(self.blocks) - len(self.skips))           # >= 0 in the second half
-            if late >= 0:
-                x = self.skips[late](torch.cat([x, first_half.pop()], dim=-1))
+            skip = i - (len(self.blocks) - len(self.skips))           # >= 0 in the second half
+            if skip >= 0:
+                x = self.skips[skip](torch.cat([x, first_half.pop()], dim=-1))
             x = block(x, c)
             if i < len(self.skips):
                 first_half.append(x)
@@ -937,7 +935,7 @@ VARIANTS = {
         "tiny": dict(dim=256, depth=4, cond_dim=128),
         "small": dict(dim=384, depth=4, cond_dim=192),
         "base": dict(dim=512, depth=6, cond_dim=256),
-        "512": dict(dim=512, depth=6, cond_dim=256),
+        "512": dict(dim=512, depth=6, cond_dim=256),    # base, for 512 pixels
     },
     "unet": {
         "nano": dict(channels=(16, 48, 96), blocks=(1, 1, 1), cond_dim=64, kernel_size=3, expand=1),
@@ -989,24 +987,28 @@ def create_model(arch, variant, image_size, in_channels=3, num_classes=0, **over
 #
 #     x_t = alpha(t) * x0 + sigma(t) * noise
 #
-# The network sees x_t and t and answers with a mixture of the two that reveals both. Two choices:
+# The network sees x_t and t and answers with a mixture of x0 and noise from which both follow:
 #
 #     rectified flow   alpha = 1 - t, sigma = t             learns velocity = noise - x0 = dx_t/dt
 #     VP diffusion     alpha^2 + sigma^2 = 1 (a table)      learns noise
 #
-# Many papers count the other way, t = 1 for data. Interpolant, target and sampler turn round
-# together or not at all, so one class holds all that they need.
+# Many papers count the other way, t = 1 for data. Path, target and times turn round together or
+# not at all, so one class holds them.
 #
 # What loss to expect? A new network answers 0, so its first velocity loss is the mean square of
 # noise - x0, 1 + E[x0^2], and its first noise loss is 1. Neither can fall to 0: one noisy picture
 # belongs to many clean ones, and the best answer is their mean.
 
 class Process:
-    """What both processes share. t is (B,) in [0, 1], x0, noise and x_t are (B, C, H, W).
+    """What processes share. t is (B,) in [0, 1], x0, noise and x_t are (B, C, H, W).
 
-    A subclass says alpha_sigma(t), target(x0, noise, t), split(x_t, t, output), times(steps), and
-    whether its network `predicts` "velocity" or "noise".
+    A subclass says alpha_sigma(t), target(x0, noise, t), split(x_t, t, output) -> (x0_hat,
+    noise_hat), and whether its network `predicts` "velocity" (exactly dx_t/dt) or "noise".
     """
+
+    def times(self, steps):
+        """(steps,): the t at which a sampler asks the network: 1, ..., 1 / steps."""
+        return torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1]
 
     def interpolate(self, x0, noise, t):
         """x_t = alpha(t) * x0 + sigma(t) * noise."""
@@ -1048,10 +1050,6 @@ class RectifiedFlow(Process):
         t = per_picture(t, x_t)
         return x_t - t * output, x_t + (1 - t) * output
 
-    def times(self, steps):
-        """(steps,): the t at which a sampler asks the network: 1, ..., 1 / steps."""
-        return torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1]
-
 
 class VPDiffusion(Process):
     """The variance-preserving process of DDPM; the network predicts the noise.
@@ -1088,7 +1086,7 @@ class VPDiffusion(Process):
         return (x_t - sigma * output) / alpha, output
 
     def times(self, steps):
-        """The same, on the table: every (T / steps)-th index of T, counted from the noisy end.
+        """(steps,): evenly spaced indices of the table, from T - 1 down, as t.
 
         ValueError for more steps than indices.
         """
@@ -1113,7 +1111,7 @@ PROCESSES = {"flow": RectifiedFlow, "diffusion": VPDiffusion}
 #
 # They must not speak too loudly. x0_hat at high noise is rightly a blur, the mean of all pictures
 # that it could be; to ask it for sharp gradients is to ask for a worse answer. So every picture is
-# weighted by its signal, alpha(t)^2, and the terms are warmed up.
+# weighted by alpha(t)^2, and the terms are warmed up.
 
 def picture_mean(x):
     """(B, ...) -> (B,): the mean over all but the first axis; 0 where there is nothing."""
@@ -1153,7 +1151,7 @@ def intensity_loss(p, q):
     """(mean p - mean q)^2 for each channel, averaged: two (B, C, H, W) -> (B,).
 
     Rewards keeping the amount of light of each colour, the conserved quantity. Bias: none in the
-    best x0_hat, which has the mean light of all that it could be; this mean only weighs more.
+    best x0_hat: it has the right mean already, which only counts for more.
     """
     return picture_mean((p.mean((2, 3)) - q.mean((2, 3))).square())
 
@@ -1172,7 +1170,8 @@ def spectral_loss(p, q):
 
 # name -> term(x0_hat, x0) -> (B,). A new one stays silent until PhysicsLoss gives it a weight.
 PHYSICS = {
-    "tv": lambda p, q: total_variation(p), "laplacian": lambda p, q: laplacian_energy(p),
+    "tv": lambda p, q: total_variation(p),
+    "laplacian": lambda p, q: laplacian_energy(p),
     "gradient": gradient_loss,
     "intensity": intensity_loss,
     "spectral": spectral_loss,
@@ -1190,7 +1189,7 @@ class PhysicsLoss:
     """
 
     DEFAULT = {"tv": 0.01, "spectral": 0.01, "gradient": 0.001, "intensity": 0.001,
-               "laplacian": 0.0}
+               "laplacian": 0.0}    # 0: only watched
 
     def __init__(self, weights=None, warmup_steps=500):
         self.weights = dict(self.DEFAULT if weights is None else weights)
@@ -1211,13 +1210,13 @@ class PhysicsLoss:
 # ------------------------------------------------------------------------------------------------
 # §13  Samplers: from noise to picture
 #
-# Start from noise at t = 1 and walk to t = 0 in a few steps. A velocity is the slope of the path,
-# so any method for ordinary differential equations will do:
+# Start from noise at t = 1 and walk to t = 0 in a few steps, each from a time t to the next time s.
+# A velocity is the slope of the path, so any method for ordinary differential equations will do:
 #
 #     Euler   x_s = x_t + (s - t) * v(x_t, t)                      error ~ 1 / steps
 #     Heun    the mean of the slopes at both ends of that step     error ~ 1 / steps^2, 2 calls each
 # Predicted noise is no slope. DDIM instead takes the answer apart into x0_hat and noise_hat and
-# mixes them anew for the next, less noisy time s; some of the noise may be drawn afresh (eta > 0):
+# mixes them anew for s (alpha_s is alpha(s)); some of the noise may be drawn afresh (eta > 0):
 #
 #     x_s = alpha_s * x0_hat + sqrt(sigma_s^2 - variance) * noise_hat + sqrt(variance) * fresh noise
 #     variance = eta^2 * (sigma_s / sigma_t)^2 * (sigma_t^2 - (alpha_t / alpha_s)^2 * sigma_s^2)
@@ -1317,8 +1316,8 @@ def ddim_sample(model, process, noise, steps, y=None, cfg_scale=1.0, callback=No
             noise_hat = (x - alpha[i] * x0_hat) / sigma[i]
         if callback:
             callback(i, x, x0_hat)
-        kept = sigma[i] ** 2 - (alpha[i] / alpha[i + 1] * sigma[i + 1]) ** 2
-        variance = (eta * sigma[i + 1] / sigma[i]) ** 2 * kept
+        added = sigma[i] ** 2 - (alpha[i] / alpha[i + 1] * sigma[i + 1]) ** 2
+        variance = (eta * sigma[i + 1] / sigma[i]) ** 2 * added    # between s and t
         x = alpha[i + 1] * x0_hat + math.sqrt(max(0.0, sigma[i + 1] ** 2 - variance)) * noise_hat
         if variance > 0:
             fresh = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
@@ -1400,7 +1399,7 @@ def load_checkpoint(path):
 # A 512-pixel picture has 786,432 numbers; most of them can be guessed from the others. An
 # autoencoder keeps an eighth of each side: the generator then works on latents of 64 x 64, and the
 # decoder paints the detail back. TAESD is one that is small enough to read: 3x3 convolutions, 64
-# wide, 2.4 million weights. That its pictures live in [0, 1] is nobody's business but the class's.
+# wide, 2.4 million weights. Its own [0, 1] for pictures stays inside the class.
 
 TAESD_URL = ("https://raw.githubusercontent.com/madebyollin/taesd/"
              "5cccb12dc72074a4be35680c3b108548a7c69978")

@@ -583,6 +583,7 @@ class Latents(DataSet):
         for channel in latents.unbind(1):                                            # (2 N, h, w)
             channel = channel.float()    # one at a time, as float32 takes twice the memory
             std, mean = torch.std_mean(channel)
+            std = std.clamp(min=1e-6)    # a channel that never varies becomes 0, not 0 / 0
             means.append(mean)
             stds.append(std)
             limits.append(((channel - mean) / std).abs().max().item())
@@ -1015,6 +1016,20 @@ def check_goes_on(state, args, data):
                          "more --steps")
 
 
+def restore(state, model, ema, optimizer, precision):
+    """Puts back what a checkpoint holds of a run; returns how many steps it has had."""
+    model.load_state_dict(state["model"])
+    ema.model.load_state_dict(state["ema"])
+    for group in state["optimizer"]["param_groups"]:    # another device may have another AdamW
+        group["fused"] = precision.device.type in FUSED
+    optimizer.load_state_dict(state["optimizer"])
+    if state["scaler"]:                     # empty where nothing was scaled
+        precision.scaler.load_state_dict(state["scaler"])
+    ema.updates = state["updates"]
+    random_state(precision.device, state["random"])
+    return state["step"]
+
+
 def train(args, model, network, data, taesd, precision, stop, state=None):
     """The loop: batch, loss, step, average; now and then a line, a row of log.csv, a checkpoint.
 
@@ -1026,17 +1041,8 @@ def train(args, model, network, data, taesd, precision, stop, state=None):
     training, held_out = held_out_split(len(data), TEST_SEED)
     optimizer = make_optimizer(model, args.lr, args.weight_decay, precision.device)
     ema, physics = EMA(model, args.ema), PhysicsLoss(args.physics)
-    out, device, first = Path(args.out), precision.device, 0
-    if state:
-        model.load_state_dict(state["model"])
-        ema.model.load_state_dict(state["ema"])
-        for group in state["optimizer"]["param_groups"]:    # another device may have another AdamW
-            group["fused"] = device.type in FUSED
-        optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:                     # empty where nothing was scaled
-            precision.scaler.load_state_dict(state["scaler"])
-        ema.updates, first = state["updates"], state["step"]
-        random_state(device, state["random"])
+    out, device = Path(args.out), precision.device
+    first = restore(state, model, ema, optimizer, precision) if state else 0
     if state and not RANK:
         for leftover in out.glob("ckpt.pt.*.tmp"):    # of a save that was killed
             leftover.unlink()
@@ -1110,9 +1116,9 @@ def train(args, model, network, data, taesd, precision, stop, state=None):
 
         done = step + 1
         if done == 1:
-            flow = process.predicts == "velocity"
+            target = process.target(x0, all_noise[part], t).square().mean().item()
             print(f"first loss {log.means()['loss']:.3f}; a new model answers 0, which costs "
-                  + (f"1 + E[x^2] = {1 + x0.square().mean().item():.3f}" if flow else "1"))
+                  f"{target:.3f}, the mean square of what it should answer")
         last = done == args.steps
         stopping = summed([stop.signal or 0], device) != [0]    # together, or others would wait
         if done == first + 3:    # the first steps are slower
@@ -1258,8 +1264,8 @@ def run(args):
     make_model = functools.partial(create_model, args.arch, args.variant, side, channels,
                                    **dict(args.override))
     try:
-        with torch.device("meta"):    # without memory: what cannot be made is refused at once, and
-            make_model()              # not after a download
+        with torch.random.fork_rng(devices=[]):    # what cannot be made is refused at once, and
+            make_model()                           # not after a download
     except ValueError as error:
         eighth = f"; latents have an eighth of --image_size {args.image_size}" if taesd else ""
         raise ValueError(f"{error}{eighth}") from None
