@@ -4,6 +4,8 @@
     python sample.py --n 16 --sampler heun --steps 25         fewer, better steps
     python sample.py --gif path.gif                           also the way from noise to picture
     python sample.py --label star --cfg 3                     what it is asked for, after --labels
+    python sample.py --evaluate 512                           how far samples are from real pictures
+    python sample.py --gates gates.png                        what the liquid layers do meanwhile
     python sample.py --reconstruct a.jpg b.png                what an autoencoder does to pictures
 
 The checkpoint holds the model's shape, its process, and the averaged weights, which are the ones
@@ -11,18 +13,24 @@ that are sampled from; a model of latents needs its autoencoder's files, too. Sa
 machine: same pictures.
 """
 
+import argparse
+import contextlib
+import functools
 import math
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from torchvision.utils import make_grid
 
-from liquidflow import (PROCESSES, SAMPLERS, TAESD_FILES, create_model, load_checkpoint, sides,
-                        write_whole)
-from train import (CHECKPOINT_VERSION, SAMPLER_OF, Parser, Progress, decoded, duration, fit_picture,
-                   guarded, load_taesd, number, pick_device, sampler_options, scaled)
+from liquidflow import (PROCESSES, SAMPLERS, TAESD_FILES, ParallelCfC, create_model,
+                        load_checkpoint, sides, total_variation, write_whole)
+from train import (CHECKPOINT_VERSION, DATASETS, SAMPLER_OF, TEST_SEED, Parser, Progress, decoded,
+                   duration, fit_picture, guarded, held_out_split, load_taesd, number, pick_device,
+                   sampler_options, scaled)
 
 
 def newest_checkpoint(folder="runs"):
@@ -50,7 +58,7 @@ def load_model(path, device):
         model = create_model(**state["config"])
         model.load_state_dict(state["ema"])
         process = PROCESSES[state["process"]]()
-        state["step"], state["latents"], state["args"]    # asked for later
+        state["step"], state["latents"], state["args"], state["pictures"]    # asked for later
         return model.to(device).eval(), process, state
     except (KeyError, TypeError, RuntimeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: its contents do not fit together ({error})") from None
@@ -73,6 +81,26 @@ def labels_of(names, classes):
         if name not in numbers:
             raise ValueError(f"--label {name}: this model knows {', '.join(classes)}")
     return [numbers[name] for name in names or classes]
+
+
+def draw(model, process, sampler, noise, y, args, picture_of, watch):
+    """The pictures (n, 3, H, W) that noise (n, C, h, w) leads to, --batch_size of them at a time.
+
+    y: their labels (n,), or None; sampler: with its options, but for steps and labels; picture_of:
+    makes pictures of what the model drew; watch(step, x_t, x0_hat): called in every step.
+    """
+    parts, pictures = noise.split(args.batch_size), []
+    labels = [None] * len(parts) if y is None else y.split(args.batch_size)
+    progress = Progress("step", args.steps * len(parts))
+    for i, (part, wanted) in enumerate(zip(parts, labels)):
+        def report(step, x_t, x0_hat, before=i * args.steps):
+            progress(before + step + 1)
+            watch(step, x_t, x0_hat)
+
+        drawn = sampler(model, process, part, args.steps, wanted, callback=report)
+        pictures.append(picture_of(drawn))
+    progress.close()
+    return torch.cat(pictures)
 
 
 def grid_picture(pictures, columns=None):
@@ -109,6 +137,298 @@ def reconstruct(args, device):
     print(f"{args.out}: pairs of before and after")
 
 
+# ------------------------------------------------------------------------------------------------
+# Quality by numbers: how far samples are from pictures that were held out of the training. Each
+# distance compares two sets of n pictures, (n, 3, H, W) from 0 to 255, and needs no network that
+# was trained on anything. Two handfuls of one data set differ, too: what is to be expected of real
+# pictures is measured beside it, with n training pictures in place of the samples.
+# ------------------------------------------------------------------------------------------------
+
+def fixed_normal(*shape):
+    """Normal numbers that are the same in every run."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(TEST_SEED))
+
+
+def wasserstein(a, b):
+    """How far the numbers of a must move to become those of b, on average: (n, d) each -> a number.
+
+    The 1-D Wasserstein distance of each column, averaged: sorted, the i-th moves to the i-th.
+    """
+    return (a.sort(0).values - b.sort(0).values).abs().mean().item()
+
+
+def sliced(a, b, directions=128):
+    """The same for vectors, (n, d) each: as seen along fixed random directions, averaged."""
+    along = F.normalize(fixed_normal(a.shape[1], directions), dim=0)                 # (d, 128)
+    return wasserstein(a @ along, b @ along)
+
+
+def spectrum(pictures):
+    """The power of waves of k periods across the shorter side, in decibels: (n, 3, H, W) -> (K,).
+
+    k = 1 ... K, half that side; a mean over all directions, colours and pictures.
+    """
+    height, width = pictures.shape[2:]
+    power = sum(torch.fft.fft2(part).abs().square().sum((0, 1)) for part in pictures.split(64))
+    power = power / pictures.numel() + 0.01    # (H, W); with less than what rounding to 8 bits adds
+    k = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.fftfreq(width)) * min(
+        height, width)
+    return torch.stack([10 * power[k.round() == i].mean().log10()
+                        for i in range(1, min(height, width) // 2 + 1)])
+
+
+def random_features(pictures):
+    """What a fixed network of random weights makes of pictures: (n, 3, H, W) -> (n, 224).
+
+    Three layers of random filters; the first ones sum to 0, since brightness would outshine edges.
+    The mean of each channel tells what there is and not where. That random filters know textures:
+    Ustyuzhaninov et al. (2016), "Texture Synthesis Using Shallow Convolutional Networks ...".
+    """
+    weights = [fixed_normal(wide, narrow, 3, 3) * math.sqrt(2 / (9 * narrow))
+               for narrow, wide in ((3, 32), (32, 64), (64, 128))]
+    weights[0] -= weights[0].mean((2, 3), keepdim=True)
+    features = []
+    for x in pictures.split(64):
+        means = []
+        for weight in weights:
+            x = F.pad(x, (1, 1, 1, 1), mode="replicate")    # 0 would make an edge at the border
+            x = F.relu(F.conv2d(x, weight, stride=2))               # (64, 32, H/2, W/2) ...
+            means.append(x.mean((2, 3)))
+        features.append(torch.cat(means, 1))
+    return torch.cat(features)
+
+
+# name -> (distance(p, q) -> a number, what it sees)
+DISTANCES = {
+    "spectrum (dB)": (lambda p, q: (spectrum(p) - spectrum(q)).abs().mean().item(),
+                      "how strong waves of each length are"),
+    "colours": (lambda p, q: wasserstein(*(x.movedim(1, 3).reshape(-1, 3) for x in (p, q))),
+                "how often there is each shade of red, green, blue"),
+    "total variation": (lambda p, q: wasserstein(*(total_variation(x)[:, None] for x in (p, q))),
+                        "how many pictures are smooth, how many busy"),
+    "pixels, sliced": (lambda p, q: sliced(p.flatten(1), q.flatten(1)),
+                       "where in a picture it is light or dark"),
+    "features, sliced": (lambda p, q: sliced(random_features(p), random_features(q)),
+                         "edges and textures, by random filters"),
+}
+
+
+def nearest(pictures, data, indices):
+    """How far pictures (n, 3, H, W) are from the nearest of data[indices]: (n,), root mean square.
+
+    A batch of the data at a time. |x - y|^2 = |x|^2 + |y|^2 - 2 xy finds the nearest by a matrix
+    product; as a difference of large numbers it is not exact, so the distance is computed anew.
+    """
+    x = pictures.flatten(1)                                                          # (n, d)
+    order = indices.split(max(8, 2**21 // x.shape[1]))    # 8 MiB of pictures at a time
+    best, which = x.new_full((len(x),), math.inf), torch.zeros(len(x), dtype=torch.long)
+    progress, done = Progress("comparing", len(indices)), 0
+    for part, batch in zip(order, data.batches(order)):
+        y = batch.flatten(1)                                                         # (B, d)
+        values, places = (y.square().sum(1) - 2 * (x @ y.T)).min(1)                  # (n,) each
+        closer = values < best
+        best = torch.where(closer, values, best)
+        which = torch.where(closer.cpu(), part[places.cpu()], which)
+        done += len(part)
+        progress(done)
+    progress.close()
+    return torch.cat([(some - data[i].flatten(1)).square().mean(1).sqrt()
+                      for some, i in zip(x.split(64), which.split(64))])
+
+
+def data_of(state, args, device):
+    """The data set that a run was trained on, from what its checkpoint remembers.
+
+    ValueError if it is not there any more, has changed, or has fewer than --evaluate held-out
+    pictures.
+    """
+    old, count = argparse.Namespace(**state["args"]), state["pictures"]
+    held_out = len(held_out_split(count, TEST_SEED)[1])
+    if args.evaluate > held_out:
+        raise ValueError(f"--evaluate {args.evaluate}: the run has {held_out} held-out pictures to "
+                         "compare with, and as many samples are drawn")
+    old.data_dir = args.data_dir or old.data_dir
+    if old.data_dir and not Path(old.data_dir).is_dir():
+        raise ValueError(f"there is no folder {old.data_dir}: tell with --data_dir where the "
+                         "pictures lie that the run was trained on")
+    data = DATASETS[old.dataset](old, device)
+    if len(data) != count:
+        raise ValueError(f"the run was trained with {count} pictures, and here are {len(data)}: it "
+                         "is not known which of them were held out")
+    return data
+
+
+def evaluate(samples, data, device):
+    """Prints how far samples (n, 3, H, W) are from n held-out pictures, and what real ones are."""
+    n = len(samples)
+    training, held_out = held_out_split(len(data), TEST_SEED)    # either in a random order
+    real, other = (torch.cat(list(data.batches(part[:n].split(64)))).cpu()
+                   for part in (held_out, training))
+    samples = samples.clamp(-1, 1)
+    both = nearest(torch.cat([samples, real]).to(device), data, training).view(2, n) * 127.5
+    rows = [(name, *(distance((x + 1) * 127.5, (real + 1) * 127.5) for x in (samples, other)), sees)
+            for name, (distance, sees) in DISTANCES.items()]
+    rows.append(("nearest training", *both.median(1).values.tolist(),
+                 "copies, where far below that of real pictures"))
+    print(f"{n} samples beside {n} held-out pictures; real: {n} training pictures beside them\n"
+          f"{'in shades of 255':<18}{'samples':>9}{'real':>9}   what it sees")
+    for name, ours, theirs, sees in rows:
+        print(f"{name:<18}{ours:9.2f}{theirs:9.2f}   {sees}")
+
+
+# ------------------------------------------------------------------------------------------------
+# What the gates do
+# ------------------------------------------------------------------------------------------------
+
+class Gates:
+    """While it is open, sees how far the CfC layers of a model open their gates as it draws.
+
+    .layers  a short name -> each ParallelCfC, in the model's order
+    .latest  name -> of the latest pass, the gate (B, H, W) and alpha (B,), means over channels, and
+             the gate of the first 16 channels (B, 16), means over places
+    .means   for each step, of each batch: the mean gate and alpha, (2, layers, B)
+    .single  for each step, of each batch: for each layer those 16 channels (B, 16)
+    .maps    for six steps or fewer: for each layer the gate (H, W) of the first picture
+    .guesses for the same steps: x0_hat of that picture, (3, H, W)
+    """
+
+    def __init__(self, model, steps):
+        self.layers = {
+            name.replace("blocks", "block").replace(".cfc_", " ").replace(".cfc", "")
+                .replace(".", " ", 1): module
+            for name, module in model.named_modules() if isinstance(module, ParallelCfC)}
+        self.moments = sorted({round(i * (steps - 1) / 5) for i in range(6)})
+        self.latest, self.maps, self.guesses = {}, {}, {}
+        self.means, self.single = ([[] for _ in range(steps)] for _ in range(2))
+
+    def __enter__(self):
+        self.hooks = [module.register_forward_pre_hook(functools.partial(self.look, name))
+                      for name, module in self.layers.items()]
+        return self
+
+    def __exit__(self, *exception):
+        for hook in self.hooks:
+            hook.remove()
+
+    def look(self, name, module, inputs):
+        """The hook of a layer: called with its inputs (x, c) before every pass."""
+        gate, alpha = module.gates(*inputs)
+        self.latest[name] = gate.mean(1), alpha.mean((1, 2, 3)), gate[:, :16].mean((2, 3))
+
+    def note(self, step, x0_hat, picture_of):
+        """Keeps what the pass of this step showed.
+
+        A guided pass has the pictures twice, without and with their labels: the latter count.
+        """
+        n = len(x0_hat)
+        gates, alphas, single = zip(*([value[-n:].cpu() for value in self.latest[name]]
+                                      for name in self.layers))    # (n, H, W), (n,), (n, 16) each
+        gate = torch.stack([gate.mean((1, 2)) for gate in gates])                # (layers, n)
+        self.means[step].append(torch.stack([gate, torch.stack(alphas)]))
+        self.single[step].append(single)
+        if step in self.moments and step not in self.maps:
+            self.maps[step] = [gate[0].numpy() for gate in gates]
+            self.guesses[step] = picture_of(x0_hat[:1])[0]
+
+
+HEAT = [(13, 8, 65), (122, 28, 109), (237, 105, 37), (252, 255, 164)]    # from dark to bright
+BLUE, PALE, SINGLE = "#1f6fb4", "#a9cbe6", "#98a6b0"
+ORANGE, GREY, LIGHT = "#e07b28", "#555555", "#e4e4e4"
+
+
+def heat(values):
+    """(H, W) numbers from 0 to 1 -> the same as colours, a PIL picture."""
+    colours = np.transpose([np.interp(values, np.linspace(0, 1, len(HEAT)), channel)
+                            for channel in zip(*HEAT)], (1, 2, 0))
+    return Image.fromarray(colours.round().astype(np.uint8))
+
+
+def curves(times, means, single, marks, width, height):
+    """One layer's chart, a PIL picture: the gate and alpha, from 0 to 1, over t from 1 to 0.
+
+    times (steps,); means (2, steps, n), of the gate and alpha; single (steps, 16), the gate of
+    single channels; marks: times that get an upright line.
+    """
+    chart = Image.new("RGB", (4 * width, 4 * height), "white")    # shrunk below: smooth lines
+    pen = ImageDraw.Draw(chart)
+
+    def at(t, value):
+        return (1 - t) * chart.width, (1 - value) * chart.height
+
+    def points(values):
+        return [at(t, value) for t, value in zip(times, values.tolist())]
+
+    (gate, alpha), spread = means.mean(2), means[0].std(1, correction=0)         # (steps,) each
+    for t in marks:
+        pen.line([at(t, 0), at(t, 1)], LIGHT, 4)
+    for channel in single.T:
+        pen.line(points(channel), SINGLE, 3)
+    if len(times) > 1:
+        pen.polygon(points(gate + spread) + points(gate - spread)[::-1], PALE)
+    pen.line(points(alpha), ORANGE, 6)
+    pen.line(points(gate), BLUE, 8)
+    chart = chart.resize((width, height), Image.Resampling.BOX)
+    ImageDraw.Draw(chart).rectangle((0, 0, width - 1, height - 1), outline=GREY)
+    return chart
+
+
+def gates_picture(gates, times):
+    """What Gates saw in a run over times (steps,), as a PIL picture.
+
+    A row for each layer: its curves, and maps of the gate over one picture, which stands above
+    them as it was guessed at that time. Each layer has its own scale of colours.
+    """
+    tile, gap, left, wide = 96, 8, 90, 240    # 96: a multiple of the sides of most grids
+    names, marks = list(gates.layers), [times[moment] for moment in gates.moments]
+    top, right = 24 + tile + gap, left + wide + 3 * gap
+    edge = right + len(marks) * (tile + gap)
+    page = Image.new("RGB", (edge + 60, top + len(names) * (tile + gap) + 24), "white")
+    pen = ImageDraw.Draw(page)
+
+    def write(x, y, text, share=0.0):
+        """Black text; share: of its width that is to the left of x."""
+        pen.text((x - share * pen.textlength(text), y), text, "black")
+
+    write(left, 8, "How far the gates of the liquid layers open")
+    write(left, 24, "while noise becomes a picture")
+    pen.rectangle((left, 46, left + 24, 56), PALE)
+    pen.line((left, 51, left + 24, 51), BLUE, 2)
+    write(left + 32, 45, "gate: mean and deviation over pictures")
+    pen.line((left, 69, left + 24, 69), SINGLE)
+    write(left + 32, 63, "gate of single channels")
+    pen.line((left, 87, left + 24, 87), ORANGE, 2)
+    write(left + 32, 81, "alpha: share of the input that is kept")
+    write(left, 103, "Maps: where the gate is open in the picture above")
+    for i, moment in enumerate(gates.moments):
+        x = right + i * (tile + gap)
+        guess = grid_picture(gates.guesses[moment][None])
+        page.paste(guess.resize((tile, tile), Image.Resampling.BOX), (x, 24))
+        write(x + tile / 2, 8, f"t = {times[moment]:.2f}", 0.5)
+
+    means = [torch.cat(parts, 2) for parts in gates.means]              # steps times (2, layers, n)
+    means = torch.stack(means, 2)                                       # (2, layers, steps, n)
+    single = [[torch.cat(parts).mean(0) for parts in zip(*batches)] for batches in gates.single]
+    for row, name in enumerate(names):
+        y = top + row * (tile + gap)
+        write(left - 20, y + tile / 2 - 6, name, 1)
+        write(left - 6, y - 2, "1", 1)
+        write(left - 6, y + tile - 10, "0", 1)
+        channels = torch.stack([layers[row] for layers in single])              # (steps, 16)
+        page.paste(curves(times, means[:, row], channels, marks, wide, tile), (left, y))
+        maps = np.stack([gates.maps[moment][row] for moment in gates.moments])      # (6, H, W)
+        low, high = maps.min(), maps.max()
+        for i, values in enumerate((maps - low) / max(high - low, 1e-6)):
+            shown = heat(values).resize((tile, tile), Image.Resampling.BOX)
+            page.paste(shown, (right + i * (tile + gap), y))
+        scale = heat(np.linspace(1, 0, tile)[:, None])                          # (96, 1)
+        page.paste(scale.resize((10, tile)), (edge + 8, y))
+        write(edge + 24, y - 2, f"{high:.3f}")
+        write(edge + 24, y + tile - 10, f"{low:.3f}")
+    for t, text in (1, "t = 1: noise"), (0.5, "0.5"), (0, "0: picture"):
+        write(left + (1 - t) * wide, page.height - 22, text, 1 - t)
+    return page
+
+
 def parse_arguments(argv=None):
     """The command line; sampler and steps depend on the checkpoint and are filled in by run()."""
     parser = Parser(description="Draw pictures with a trained LiquidFlow model.")
@@ -126,6 +446,12 @@ def parse_arguments(argv=None):
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="same seed, same pictures")
     add("--out", default="samples.png", help="where the grid goes")
     add("--gif", help="also write the path from noise to picture, as an animated GIF")
+    add("--gates", help="also draw how far the gates of the liquid layers open, as a PNG")
+    add("--evaluate", type=number(int, 1), metavar="N",
+        help="draw N samples instead, measure how far they are from N held-out pictures, and show "
+             "the first --n")
+    add("--data_dir", help="where the pictures lie that were trained on; for --evaluate, if they "
+                           "were moved")
     add("--taesd_dir", help="folder of the autoencoder's files; if not given, the one that was "
                             "trained with, or a download")
     add("--reconstruct", nargs="+", metavar="PICTURE",
@@ -137,12 +463,16 @@ def parse_arguments(argv=None):
     args = parser.parse_args(argv)
     if not args.reconstruct and (args.latents or args.image_size):
         parser.error("--latents and --image_size are for --reconstruct; a checkpoint has its own")
+    if args.reconstruct and (args.evaluate or args.gates):
+        parser.error("--reconstruct draws no samples: --evaluate and --gates need some")
+    if args.data_dir and not args.evaluate:
+        parser.error("--data_dir is for --evaluate")
     return args
 
 
 def run(args):
     """Loads, samples, writes; says what and where."""
-    for path, suffix in (args.out, ".png"), (args.gif, ".gif"):
+    for path, suffix in (args.out, ".png"), (args.gif, ".gif"), (args.gates, ".png"):
         if path is not None and (Path(path).suffix.lower() != suffix or Path(path).is_dir()
                                  or not Path(path).parent.is_dir()):
             raise ValueError(f"{path!r}: give a file ending in {suffix}, in a folder that exists")
@@ -154,6 +484,11 @@ def run(args):
     latents = state["latents"]
     taesd = load_taesd(latents["name"], args.taesd_dir or state["args"].get("taesd_dir"),
                        device) if latents else None
+
+    def picture_of(x):
+        """What the model drew -> pictures (n, 3, H, W) on the CPU."""
+        return decoded(x, taesd, latents).cpu()
+
     name = args.sampler or SAMPLER_OF[process.predicts]
     options = sampler_options(name, latents)
     if args.eta:
@@ -161,46 +496,49 @@ def run(args):
             raise ValueError(f"--eta {args.eta}: only --sampler ddim draws fresh noise, not {name}")
         options.update(eta=args.eta, generator=torch.Generator(device).manual_seed(args.seed))
 
-    columns, y = None, None
+    count, columns, y = args.evaluate or args.n, None, None
     if model.config["num_classes"]:
         rows = labels_of(args.label, state["classes"])
         columns = math.ceil(args.n / len(rows)) if len(rows) > 1 else None
-        y = torch.tensor(rows, device=device).repeat_interleave(columns or args.n)
-        args.n = len(y)
+        count = max(count, len(rows) * (columns or 1))
+        y = torch.tensor(rows, device=device)[torch.arange(count) // (columns or count) % len(rows)]
         options["cfg_scale"] = 2.0 if args.cfg is None else args.cfg
+        args.n = len(rows) * columns if columns else args.n
     elif args.label or args.cfg is not None:
         raise ValueError(f"{path}: knows no classes; --label and --cfg need a model that was "
                          "trained with --labels")
+    data = data_of(state, args, device) if args.evaluate else None
     shape = model.config["in_channels"], *sides(model.config["image_size"])
-    noise = draw_noise(args.n, shape, args.seed)
+    noise = draw_noise(count, shape, args.seed).to(device)
     print(f"{path}: {model.config['arch']} {model.config['variant']}, step "
-          f"{state['step']}; {args.n} pictures in {args.steps} {name} steps on {device}")
-    start, parts = time.time(), noise.split(args.batch_size)
-    progress = Progress("step", args.steps * len(parts))
-    pictures, frames = [], [[] for _ in range(args.steps)]
-    for i, part in enumerate(parts):
-        def watch(step, x_t, x0_hat, before=i * args.steps):
-            progress(before + step + 1)
+          f"{state['step']}; {count} pictures in {args.steps} {name} steps on {device}")
+    start, frames = time.time(), [[] for _ in range(args.steps)]
+    sampler = functools.partial(SAMPLERS[name], **options)
+    with Gates(model, args.steps) if args.gates else contextlib.nullcontext() as gates:
+        def watch(step, x_t, x0_hat):
             if args.gif:
-                frames[step].append(decoded(x_t, taesd, latents).cpu())
+                frames[step].append(picture_of(x_t))
+            if args.gates:
+                gates.note(step, x0_hat, picture_of)
 
-        sampler = SAMPLERS[name]
-        wanted = None if y is None else y[i * args.batch_size:][:len(part)]
-        drawn = sampler(model, process, part.to(device), args.steps, wanted, callback=watch,
-                        **options)
-        pictures.append(decoded(drawn, taesd, latents).cpu())
-    progress.close()
+        pictures = draw(model, process, sampler, noise, y, args, picture_of, watch)
 
-    grid = grid_picture(torch.cat(pictures), columns)
+    grid = grid_picture(pictures[:args.n], columns)
     write_whole(args.out, lambda file: grid.save(file, "PNG"))
     seconds = time.time() - start
-    print(f"{args.out}: {args.n} pictures in {duration(seconds)} ({args.n / seconds:.1f} a second)")
+    print(f"{args.out}: {count} pictures in {duration(seconds)} ({count / seconds:.1f} a second)")
     if args.gif:
-        images = [grid_picture(torch.cat(frame), columns) for frame in frames] + [grid]
+        images = [grid_picture(torch.cat(frame)[:args.n], columns) for frame in frames] + [grid]
         times = [max(20, 3000 // args.steps)] * args.steps + [2000]    # ms; rest on the last
         write_whole(args.gif, lambda file: images[0].save(
             file, "GIF", save_all=True, append_images=images[1:], duration=times, loop=0))
         print(f"{args.gif}: the path from noise to picture, {len(images)} frames")
+    if args.gates:
+        page = gates_picture(gates, process.times(args.steps).tolist())
+        write_whole(args.gates, lambda file: page.save(file, "PNG"))
+        print(f"{args.gates}: the gates of {len(gates.layers)} liquid layers")
+    if args.evaluate:
+        evaluate(pictures[:args.evaluate], data, device)
 
 
 def main(argv=None):

@@ -12,11 +12,13 @@ import functools
 import hashlib
 import http.server
 import io
+import itertools
 import json
 import math
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
@@ -40,7 +42,7 @@ import torch.nn.functional as F
 import torchvision
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageColor
 from torch.testing import assert_close
 
 import liquidflow as lf
@@ -761,7 +763,7 @@ def test_physics_terms_are_per_picture_and_none_for_the_same_picture(seed, b, he
         assert values.shape == (b,) and (values >= 0).all()
         for i in range(b):
             assert_close(term(p[i:i + 1], q[i:i + 1])[0], values[i])
-        if not torch.equal(term(p, q), term(p, 2 * q)):    # it compares, and does not look at p alone
+        if not torch.equal(term(p, q), term(p, 2 * q)):    # it does compare, unlike tv
             assert term(p, p).abs().max() < 1e-12
 
 
@@ -2265,6 +2267,10 @@ def test_train_keeps_what_is_there(tmp_path, monkeypatch, capsys, trained):
     (["--seed", "-1"], ["--seed"]),
     (["--ckpt", "none.pt"], ["none.pt"]), (["--out", "nowhere/a.png"], ["nowhere"]),
     (["--out", "a.doc"], [".png"]), (["--gif", "a.png"], [".gif"]), (["--out", ""], [".png"]),
+    (["--gates", "a.gif"], ["a.gif", ".png"]), (["--gates", "nowhere/a.png"], ["nowhere"]),
+    (["--evaluate", "0"], ["--evaluate"]), (["--data_dir", "here"], ["--evaluate"]),
+    (["--reconstruct", "a.png", "--evaluate", "9"], ["--reconstruct"]),
+    (["--reconstruct", "a.png", "--gates", "a.png"], ["--reconstruct"]),
     (["--device", "warp"], ["warp"])])
 def test_sample_refuses_in_one_line_and_leaves_nothing(
         arguments, words, tmp_path, monkeypatch, capsys, trained):
@@ -2316,6 +2322,288 @@ def test_names_are_defined_before_they_are_used():
     early = [f"{node.id} in line {node.lineno}" for node in ast.walk(tree)
              if isinstance(node, ast.Name) and node.lineno < defined.get(node.id, 0)]
     assert not early
+
+
+# ------------------------------------------------------------------------------------------------
+# sample.py: quality by numbers, and what the gates do
+# ------------------------------------------------------------------------------------------------
+
+@given(st.integers(1, 6), st.integers(1, 3), seeds)
+def test_wasserstein_is_the_cheapest_way_to_move(n, d, seed):
+    a, b = normal(seed, n, d), normal(seed + 1, n, d)
+    cheapest = sum(min((a[:, j] - b[list(way), j]).abs().mean().item()
+                       for way in itertools.permutations(range(n))) for j in range(d)) / d
+    assert sample.wasserstein(a, b) == pytest.approx(cheapest, abs=1e-12)
+    a, b = a[:, :1].float(), b[:, :1].float()    # along a line there is one direction
+    assert sample.sliced(a, b) == pytest.approx(sample.wasserstein(a, b), rel=1e-5)
+
+
+@given(st.sampled_from([(16, 16), (12, 20), (20, 12)]), st.integers(1, 6), st.floats(0, 1))
+def test_spectrum_tells_waves_by_their_length(size, k, phase):
+    height, width = size
+    y, x = torch.arange(height)[:, None], torch.arange(width)
+    for position, side in ((x, width), (y, height)):
+        turns = round(k * side / min(size))    # as long a wave, whatever the side
+        wave = 50 * torch.cos(2 * math.pi * turns * position / side + phase).expand(1, 3, *size)
+        power = sample.spectrum(wave)
+        assert len(power) == min(size) // 2
+        assert power.argmax() + 1 == round(turns * min(size) / side)
+    flat = sample.spectrum(10 * normal(0, 200, 3, *size))    # noise has all waves alike
+    assert (flat - 20).abs().max() < 0.3                     # 10 log10(10^2); measured 0.2
+
+
+def blurred(p, strength):
+    return torch.lerp(p, F.avg_pool2d(p, 3, 1, 1, count_include_pad=False), strength)
+
+
+def noised(p, strength):
+    return p + 30 * strength * normal(1, *p.shape, dtype=p.dtype)
+
+
+def recoloured(p, strength):
+    return p * torch.tensor([1.0, 1 - 0.5 * strength, 1 + 0.5 * strength]).view(3, 1, 1)
+
+
+def brightened(p, strength):
+    return p + 40 * strength
+
+
+def moved(p, strength):
+    return p.roll(round(16 * strength), 3)
+
+
+def mirrored(p, strength):
+    return p.flip(3)
+
+
+def scrambled(p, strength):
+    """With the same waves as before, just as strong, and somewhere else: no edges are left."""
+    turns = torch.fft.fft2(normal(2, *p.shape, dtype=p.dtype)).angle()
+    turns[..., 0, 0] = 0    # the mean stays
+    waves = torch.fft.fft2(p) * torch.polar(torch.ones_like(turns), turns)
+    return torch.lerp(p, torch.fft.ifft2(waves).real, strength)
+
+
+def shuffled_pixels(p, strength):
+    return p.flatten(2)[..., torch.randperm(p[0, 0].numel())].view_as(p)
+
+
+SEES = {
+    "spectrum (dB)": ([blurred, noised], [mirrored, moved, scrambled, brightened]),
+    "colours": ([recoloured, brightened], [mirrored, moved, shuffled_pixels]),
+    "total variation": ([noised, scrambled], [mirrored, brightened]),
+    "pixels, sliced": ([recoloured, brightened, moved], []),
+    "features, sliced": ([blurred, noised, scrambled], [brightened]),
+}
+
+
+@pytest.mark.parametrize("name", sample.DISTANCES)
+def test_distances_see_what_they_are_for_and_nothing_else(name):
+    distance = sample.DISTANCES[name][0]
+    p, q = ((train.Shapes(200, 32, seed, CPU)[torch.arange(200)] + 1) * 127.5 for seed in (1, 2))
+    floor = distance(p, q)    # of two samples of the same pictures
+    assert distance(p, p) == 0 < floor
+    assert distance(p, p[torch.randperm(200)]) < 1e-3 * floor
+    assert distance(q, p) == pytest.approx(floor, rel=1e-6)
+    sees, blind = SEES[name]
+    for change in sees:
+        assert floor < distance(p, change(p, 0.5)) < distance(p, change(p, 1.0)), change
+        assert distance(p, change(q, 1.0)) > 2 * floor, change
+    for change in blind:
+        assert distance(p, change(p, 1.0)) < 1e-3, change
+
+
+def test_distances_by_hand():
+    colours, variation = (sample.DISTANCES[name][0] for name in ("colours", "total variation"))
+    p = torch.tensor([0.0, 100, 250]).view(1, 3, 1, 1).expand(2, 3, 8, 8).clone()
+    assert colours(p, p.flip(1)) == pytest.approx((250 + 0 + 250) / 3)    # channel by channel
+    q = p.clone()
+    q[1, :, :, ::2] += 6    # one of two pictures gets stripes: 6 between neighbours in a row
+    assert colours(p, q) == pytest.approx(6 / 4)
+    assert variation(p, q) == pytest.approx(6 / 2) == variation(p, q.flip(0))
+
+
+def test_nearest_finds_copies_and_agrees_with_a_plain_search(monkeypatch):
+    images = torch.from_numpy(noise(0, 400, 3, 64, 64))    # three batches
+    data = train.Pictures(images, torch.zeros(400), ["a"], CPU)
+    monkeypatch.setattr(train, "IN_MEMORY", 0)
+    streamed = train.Streamed([(image, 0) for image in images], torch.zeros(400), ["a"], CPU)
+    some = torch.tensor([399, 0, 171, 200])
+    copies, indices = data[some], torch.arange(400)
+    near = copies + 0.01 * normal(0, *copies.shape, dtype=torch.float32)
+    far = 2 * uniform(1, 3, 3, 64, 64, dtype=torch.float32) - 1
+    for source in (data, streamed):
+        assert torch.equal(sample.nearest(copies, source, indices), torch.zeros(4))
+        found = sample.nearest(torch.cat([near, far]), source, indices)
+        assert_close(found[:4], torch.full((4,), 0.01), rtol=0.05, atol=0)
+        every = (far[:, None] - data[indices]).square().mean((2, 3, 4)).sqrt()           # (3, 400)
+        assert_close(found[4:], every.min(1).values)
+        others = sample.nearest(copies, source, indices[1:399])    # two of the four are not there
+        assert ((others > 0.5) == torch.tensor([True, True, False, False])).all()
+
+
+def table_of(out):
+    """{row: (samples, real)} of what --evaluate printed."""
+    found = re.findall(r"^(\S.{17})\s*([\d.]+)\s+([\d.]+)   \S", out, re.M)
+    return {name.strip(): (float(ours), float(real)) for name, ours, real in found}
+
+
+def test_evaluate_compares_samples_and_real_pictures(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tables, pictures = {}, {}
+    monkeypatch.setattr(sample, "evaluate", lambda samples, *rest, real=sample.evaluate: (
+        pictures.update(last=samples), real(samples, *rest)))
+    for arch, seed in (("patch", 1), ("mamba", 1), ("patch", 2), ("patch", 1)):
+        sample.main(["--ckpt", str(trained / arch / "ckpt.pt"), "--evaluate", "12", "--steps", "2",
+                     "--seed", str(seed), "--batch_size", "5", "--n", "4", "--gif", "path.gif"])
+        table = table_of(capsys.readouterr().out)
+        assert tables.setdefault((arch, seed), table) == table    # the same again
+        assert Image.open("samples.png").size == Image.open("path.gif").size == (38, 38)
+    one, other, again = tables["patch", 1], tables["mamba", 1], tables["patch", 2]
+    assert list(one) == [*sample.DISTANCES, "nearest training"]
+    for name in one:    # what real pictures have depends on neither model nor seed
+        assert one[name][1] == other[name][1] == again[name][1]
+        assert one[name][0] != other[name][0] and one[name][0] != again[name][0]
+    data = train.Shapes(train.EPOCH_OF_SHAPES + train.HELD_OUT, 16, 3, CPU)
+    training, held_out = train.held_out_split(len(data), train.TEST_SEED)
+    ours, real, seen = ((x.clamp(-1, 1) + 1) * 127.5 for x in
+                        (pictures["last"], data[held_out[:12]], data[training[:12]]))
+    assert len(ours) == 12
+    for name, (distance, _) in sample.DISTANCES.items():
+        exact = distance(ours, real), distance(seen, real)
+        assert one[name] == pytest.approx(exact, abs=0.006)    # two digits are printed
+    refused(sample.main, ["--ckpt", trained / "patch" / "ckpt.pt", "--evaluate", 513], capsys,
+            "513", "512")
+
+
+def test_evaluate_finds_its_pictures_again_or_says_so(photographs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train.main([*SMALL, "--dataset", "folder", "--data_dir", "photographs", "--steps", "1",
+                "--out", "run"])
+    arguments = ["--ckpt", str(tmp_path / "run" / "ckpt.pt"), "--evaluate", "12", "--steps", "1"]
+    sample.main(arguments)
+    table = table_of(capsys.readouterr().out)
+    assert len(table) == 6
+    refused(sample.main, [*arguments, "--evaluate", 13], capsys, "13", "12 held-out")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    refused(sample.main, arguments, capsys, "no folder photographs", "--data_dir", "trained on")
+    assert not list(Path().iterdir())
+    monkeypatch.setattr(train, "IN_MEMORY", 0)    # read while it is compared
+    sample.main([*arguments, "--data_dir", str(photographs)])
+    assert table_of(capsys.readouterr().out) == table
+    next(photographs.rglob("*.png")).unlink()
+    refused(sample.main, [*arguments, "--data_dir", photographs], capsys, "24", "23", "held out")
+
+
+def test_latents_are_evaluated_as_pictures(photographs, tmp_path, monkeypatch, capsys):
+    small_taesd(tmp_path / "weights")
+    monkeypatch.chdir(tmp_path)
+    train.main([str(a) for a in latent_run(tmp_path, "run")])
+    sample.main(["--ckpt", "run/ckpt.pt", "--evaluate", "5", "--steps", "2", "--gates",
+                 "gates.png"])
+    data = load("folder", photographs, 64)
+    training, held_out = train.held_out_split(24, train.TEST_SEED)
+    table = table_of(capsys.readouterr().out)
+    real = sample.nearest(data[held_out[:5]], data, training).median().item() * 127.5
+    assert table["nearest training"][1] == pytest.approx(real, abs=0.006)
+    assert Image.open("samples.png").size == (3 * 66 + 2, 2 * 66 + 2)
+    assert Image.open("gates.png").size[1] > 4 * 96    # two blocks with two layers each
+
+
+NAMES = {"patch": ["block 0", "block 1"],
+         "unet": ["encoder 0.0", "encoder 1.0", "bottom 0", "bottom 1", "decoder 0.0",
+                  "decoder 1.0"],
+         "mamba": ["block 0 in", "block 0 out", "block 1 in", "block 1 out"]}
+
+
+@pytest.mark.parametrize("arch", lf.ARCHS)
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_gates_are_those_of_each_layer_at_each_step(arch, scale):
+    options = dict(TINY[arch], depth=2)
+    if arch == "unet":
+        options.pop("depth")
+    model = shake(lf.create_model(arch, "nano", 16, num_classes=3, **options), 0, 0.2)
+    process, y, passed = lf.RectifiedFlow(), torch.tensor([0, 2]), []
+    noise = normal(0, 5, 3, 16, 16, dtype=torch.float32)
+    with sample.Gates(model, 7) as gates:
+        for i, part in enumerate(noise.split(2)):
+            def note(step, x_t, x0_hat):
+                gates.note(step, x0_hat, torch.Tensor.clone)
+                passed.append((i, step, x_t, x0_hat))
+
+            lf.heun_sample(model, process, part, 7, y[:len(part)], scale, note)
+    assert list(gates.layers) == NAMES[arch]
+    assert all(not module._forward_pre_hooks for module in model.modules())
+    assert gates.moments == [0, 1, 2, 4, 5, 6] and list(gates.maps) == gates.moments
+
+    inputs = {}
+    layers = [module for module in model.modules() if isinstance(module, lf.ParallelCfC)]
+    hooks = [module.register_forward_pre_hook(lambda module, given: inputs.update({module: given}))
+             for module in layers]
+    times = process.times(7)
+    for i, step, x_t, x0_hat in passed:
+        with torch.no_grad():
+            model(x_t, torch.full((len(x_t),), times[step]), y[:len(x_t)])
+            for row, module in enumerate(layers):
+                gate, alpha = module.gates(*inputs[module])
+                mean, kept = gates.means[step][i][:, row]                         # (B,) each
+                assert_close(gates.single[step][i][row], gate[:, :16].mean((2, 3)))
+                assert_close(mean, gate.mean((1, 2, 3)), rtol=1e-5, atol=1e-6)
+                assert_close(kept, alpha.mean((1, 2, 3)), rtol=1e-5, atol=1e-6)
+                assert 0 < mean.min() and mean.max() < 1
+                if i == 0 and step in gates.moments:
+                    assert_close(torch.tensor(gates.maps[step][row]), gate[0].mean(0),
+                                 rtol=1e-5, atol=1e-6)
+        if i == 0 and step in gates.moments:
+            assert torch.equal(gates.guesses[step], x0_hat[0])
+    for hook in hooks:
+        hook.remove()
+    with pytest.raises(KeyboardInterrupt), sample.Gates(model, 1):
+        raise KeyboardInterrupt
+    assert all(not module._forward_pre_hooks for module in model.modules())
+
+
+@given(st.floats(0.1, 0.35), st.floats(0.6, 0.9), st.floats(0.02, 0.08))
+@settings(max_examples=10)
+def test_curves_lie_where_the_numbers_are(gate, alpha, spread):
+    means = torch.tensor([gate, alpha])[:, None, None].repeat(1, 9, 2)                # (2, 9, 2)
+    means[0] += spread * torch.tensor([-1, 1])    # two pictures: spread is their deviation
+    single = torch.tensor([0.5]).repeat(9, 1)                                         # (9, 1)
+    shown = sample.curves([1 - i / 8 for i in range(9)], means, single, [], 20, 200)
+    column = np.asarray(shown).astype(int)[:, 10]                                     # (200, 3)
+
+    def heights(colour, tolerance):
+        away = np.abs(column - np.array(ImageColor.getrgb(colour))).max(1)
+        return 1 - (np.flatnonzero(away < tolerance) + 0.5) / 200
+
+    assert heights(sample.BLUE, 60).mean() == pytest.approx(gate, abs=0.01)
+    assert heights(sample.ORANGE, 60).mean() == pytest.approx(alpha, abs=0.01)
+    thin = np.flatnonzero(column[90:110].max(1) < 250) + 90
+    assert 1 - (thin + 0.5).mean() / 200 == pytest.approx(0.5, abs=0.01)
+    band = heights(sample.PALE, 8)
+    assert band.max() == pytest.approx(gate + spread, abs=0.01)
+    assert band.min() == pytest.approx(gate - spread, abs=0.01)
+
+
+def test_heat_goes_from_dark_to_bright():
+    shades = np.asarray(sample.heat(np.linspace(0, 1, 50)[None]).convert("L"))[0].astype(int)
+    assert (np.diff(shades) > 0).all() and shades[0] < 20 and shades[-1] > 230
+
+
+@pytest.mark.parametrize("arch", lf.ARCHS)
+def test_looking_at_the_gates_changes_no_picture(arch, trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--ckpt", str(trained / arch / "ckpt.pt"), "--n", "3", "--batch_size", "2"]
+    for steps in ("1", "8"):
+        sample.main([*arguments, "--steps", steps])
+        before = Path("samples.png").read_bytes()
+        sample.main([*arguments, "--steps", steps, "--gates", "gates.png"])
+        assert Path("samples.png").read_bytes() == before
+        page = Image.open("gates.png").convert("RGB")
+        assert f"the gates of {len(NAMES[arch])} liquid layers" in capsys.readouterr().out
+    assert page.height > 104 * (1 + len(NAMES[arch]))
+    assert page.width > 6 * 104 and len(page.getcolors(2**20)) > 50
 
 
 # ------------------------------------------------------------------------------------------------
