@@ -51,15 +51,15 @@ import hashlib
 import http.client
 import inspect
 import io
+import itertools
 import math
 import os
 import urllib.request
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-
+from torch import nn
 
 # ------------------------------------------------------------------------------------------------
 # §1  Five small helpers
@@ -395,7 +395,7 @@ def fading(log_decay):
 
 def write_state(x, log_decay, Bm):
     """The state that tokens leave behind, each faded by the decays after it: (b, h, p, n)."""
-    b, l, g, n = Bm.shape
+    b, l, g, _ = Bm.shape
     after = F.pad(log_decay, (0, 0, -1, 1)).flip(1).cumsum(1).flip(1)     # a_{s+1} + ... + a_l
     faded = (x * after.exp().to(x.dtype)[..., None]).reshape(b, l, g, -1)          # (b, l, g, r p)
     state = Bm.permute(0, 2, 3, 1) @ faded.transpose(1, 2)                         # (b, g, n, r p)
@@ -716,7 +716,7 @@ class LiquidUNet(nn.Module):
             nn.Conv2d(in_channels, channels[0], 3, padding=1), nn.SiLU(),
             nn.Conv2d(channels[0], channels[0], 3, padding=1))
         self.encoder = nn.ModuleList(map(stage, channels, blocks))
-        pairs = list(zip(channels, channels[1:]))                     # (fine, coarse)
+        pairs = list(itertools.pairwise(channels))                    # (fine, coarse)
         self.down = nn.ModuleList(nn.Conv2d(f, c, 3, stride=2, padding=1) for f, c in pairs)
         self.bottom = stage(channels[-1], 2)
         self.decoder = nn.ModuleList(map(stage, channels, blocks))    # used from coarse to fine
@@ -930,26 +930,27 @@ ARCHS = {"patch": LiquidPatch, "unet": LiquidUNet, "mamba": LiquidMamba}
 
 VARIANTS = {
     "patch": {
-        "nano": dict(dim=96, depth=3, cond_dim=64, patch_size=4, d_state=16, expand=1,
-                     headdim=48, kernel_size=3, ff_expand=2, overview=256),
-        "tiny": dict(dim=256, depth=4, cond_dim=128),
-        "small": dict(dim=384, depth=4, cond_dim=192),
-        "base": dict(dim=512, depth=6, cond_dim=256),
-        "512": dict(dim=512, depth=6, cond_dim=256),    # base, for 512 pixels
+        "nano": {"dim": 96, "depth": 3, "cond_dim": 64, "patch_size": 4, "d_state": 16, "expand": 1,
+                 "headdim": 48, "kernel_size": 3, "ff_expand": 2, "overview": 256},
+        "tiny": {"dim": 256, "depth": 4, "cond_dim": 128},
+        "small": {"dim": 384, "depth": 4, "cond_dim": 192},
+        "base": {"dim": 512, "depth": 6, "cond_dim": 256},
+        "512": {"dim": 512, "depth": 6, "cond_dim": 256},    # base, for 512 pixels
     },
     "unet": {
-        "nano": dict(channels=(16, 48, 96), blocks=(1, 1, 1), cond_dim=64, kernel_size=3, expand=1),
-        "tiny": dict(channels=(64, 128, 256), blocks=(2, 2, 4), cond_dim=256),
-        "small": dict(channels=(96, 192, 384), blocks=(2, 3, 6), cond_dim=384),
-        "base": dict(channels=(128, 256, 512), blocks=(2, 4, 8), cond_dim=512),
-        "large": dict(channels=(128, 256, 512, 768), blocks=(2, 4, 8, 4), cond_dim=512),
+        "nano": {"channels": (16, 48, 96), "blocks": (1, 1, 1), "cond_dim": 64, "kernel_size": 3,
+                 "expand": 1},
+        "tiny": {"channels": (64, 128, 256), "blocks": (2, 2, 4), "cond_dim": 256},
+        "small": {"channels": (96, 192, 384), "blocks": (2, 3, 6), "cond_dim": 384},
+        "base": {"channels": (128, 256, 512), "blocks": (2, 4, 8), "cond_dim": 512},
+        "large": {"channels": (128, 256, 512, 768), "blocks": (2, 4, 8, 4), "cond_dim": 512},
     },
     "mamba": {
-        "nano": dict(dim=96, depth=3, cond_dim=64, d_state=16, expand=1, headdim=48,
-                     kernel_size=3, overview=256),
-        "tiny": dict(dim=128, depth=4, cond_dim=128),
-        "small": dict(dim=256, depth=6, cond_dim=128),
-        "base": dict(dim=384, depth=9, cond_dim=256),
+        "nano": {"dim": 96, "depth": 3, "cond_dim": 64, "d_state": 16, "expand": 1, "headdim": 48,
+                 "kernel_size": 3, "overview": 256},
+        "tiny": {"dim": 128, "depth": 4, "cond_dim": 128},
+        "small": {"dim": 256, "depth": 6, "cond_dim": 128},
+        "base": {"dim": 384, "depth": 9, "cond_dim": 256},
     },
 }
 
@@ -1188,7 +1189,7 @@ class PhysicsLoss:
     is that of Bastek, Sun & Kochmann (2025), "Physics-Informed Diffusion Models".
     """
 
-    DEFAULT = {"tv": 0.01, "spectral": 0.01, "gradient": 0.001, "intensity": 0.001,
+    DEFAULT = {"tv": 0.01, "spectral": 0.01, "gradient": 0.001, "intensity": 0.001,  # noqa: RUF012
                "laplacian": 0.0}    # 0: only watched
 
     def __init__(self, weights=None, warmup_steps=500):
@@ -1388,7 +1389,7 @@ def load_checkpoint(path):
         raise FileNotFoundError(f"{path}: there is no such file") from None
     except (IsADirectoryError, PermissionError):
         raise
-    except Exception as error:    # torch reports damage as many different types
+    except Exception as error:    # noqa: BLE001 - torch reports damage as many different types
         raise ValueError(f"{path}: refused ({type(error).__name__}): it is damaged, cut short, or "
                          "holds more than the plain data that torch.save writes") from None
 
@@ -1524,7 +1525,7 @@ class TAESD(nn.Module):
                                  f"git blob id is not {blob_id}); remove it and try again")
             if not path.exists():
                 folder.mkdir(parents=True, exist_ok=True)
-                write_whole(path, lambda file: file.write(data))
+                write_whole(path, lambda file, data=data: file.write(data))
         return cls.load(*paths)
 
 
