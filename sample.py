@@ -7,6 +7,7 @@
     python sample.py --evaluate 512                           how far samples are from real pictures
     python sample.py --gates gates.png                        what the liquid layers do meanwhile
     python sample.py --reconstruct a.jpg b.png                what an autoencoder does to pictures
+    python sample.py --export model.onnx                      the model, for other programs
 
 The checkpoint holds the model's shape, its process, and the averaged weights, which are the ones
 that are sampled from; a model of latents needs its autoencoder's files, too. Same seed, same
@@ -16,8 +17,11 @@ machine: same pictures.
 import argparse
 import contextlib
 import functools
+import importlib
+import io
 import math
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +30,37 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torchvision.utils import make_grid
 
-from liquidflow import (PROCESSES, SAMPLERS, TAESD_FILES, ParallelCfC, create_model,
-                        load_checkpoint, sides, total_variation, write_whole)
-from train import (CHECKPOINT_VERSION, DATASETS, SAMPLER_OF, TEST_SEED, Parser, Progress, decoded,
-                   duration, fit_picture, guarded, held_out_split, load_taesd, number, pick_device,
-                   sampler_options, scaled)
+from liquidflow import (
+    PROCESSES,
+    SAMPLERS,
+    TAESD_FILES,
+    ParallelCfC,
+    create_model,
+    load_checkpoint,
+    sides,
+    total_variation,
+    write_whole,
+)
+from train import (
+    CHECKPOINT_VERSION,
+    DATASETS,
+    SAMPLER_OF,
+    TEST_SEED,
+    Parser,
+    Progress,
+    decoded,
+    duration,
+    fit_picture,
+    guarded,
+    held_out_split,
+    load_taesd,
+    number,
+    pick_device,
+    sampler_options,
+    scaled,
+)
+
+EXPORT_GAP = 1e-3    # the largest error of an exported model that is let through
 
 
 def newest_checkpoint(folder="runs"):
@@ -123,7 +153,7 @@ def reconstruct(args, device):
         try:
             with Image.open(path) as image:
                 picture = fit_picture(image, size)
-        except Exception as error:    # a damaged file can fail in any way its decoder likes
+        except Exception as error:    # noqa: BLE001 - decoders fail in many ways
             raise ValueError(f"{path}: not a picture that can be read ({error})") from None
         before = scaled(picture)[None]                                         # (1, 3, H, W)
         with torch.no_grad():
@@ -429,6 +459,111 @@ def gates_picture(gates, times):
     return page
 
 
+# ------------------------------------------------------------------------------------------------
+# Export
+# ------------------------------------------------------------------------------------------------
+
+class Decoder(torch.nn.Module):
+    """decoded() as a module: latents as a model draws them, (B, C, h, w) -> (B, 3, 8 h, 8 w)."""
+
+    def __init__(self, taesd, latents):
+        super().__init__()
+        self.taesd = taesd
+        self.register_buffer("mean", latents["mean"])                          # (C, 1, 1)
+        self.register_buffer("std", latents["std"])
+
+    def forward(self, x):
+        return self.taesd.decode(x * self.std + self.mean)
+
+
+def packed(model, inputs, suffix):
+    """A model as the bytes of a .pt2 or .onnx file, for 1 to 65,536 pictures at once.
+
+    inputs: name -> an example for two.
+    """
+    batch = {0: torch.export.Dim("batch", min=1, max=2**16)}
+    program = torch.export.export(model, tuple(inputs.values()),
+                                  dynamic_shapes=tuple(batch for _ in inputs))
+    for part in program.graph_module.modules():
+        for node in part.graph.nodes:
+            node.meta.pop("stack_trace", None)    # paths and source lines of this machine
+    if suffix == ".pt2":
+        file = io.BytesIO()
+        torch.export.save(program, file)
+        return file.getvalue()
+    return torch.onnx.export(program, dynamo=True, input_names=list(inputs), verbose=False,
+                             output_names=["output"]).model_proto.SerializeToString()
+
+
+def unpacked(data, suffix):
+    """The model in the bytes of such a file: a function from named tensors to a tensor."""
+    if suffix == ".pt2":
+        program = torch.export.load(io.BytesIO(data)).module()
+        return lambda inputs: program(*inputs.values())
+    session = importlib.import_module("onnxruntime").InferenceSession(
+        data, providers=["CPUExecutionProvider"])
+    return lambda inputs: torch.from_numpy(
+        session.run(None, {name: value.numpy() for name, value in inputs.items()})[0])
+
+
+@torch.no_grad()
+def export(path, model, process, taesd, latents):
+    """Writes a model, and beside it the decoder of its latents, for programs without this code.
+
+    path ends in .onnx or .pt2. Before a file is written, what will be in it is read back and must
+    answer as the model does, for 1 and for 5 pictures. ValueError if it does not, if torch is too
+    old to export the model, or if a package that .onnx needs is missing.
+    """
+    suffix = path.suffix.lower()
+    try:
+        for name in ("onnx", "onnxscript", "onnxruntime") if suffix == ".onnx" else ():
+            importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(f"--export {path}: {error}; pip install onnx onnxscript onnxruntime, or "
+                         "export a .pt2, which needs none of them") from None
+    classes = model.config["num_classes"]
+    shape = model.config["in_channels"], *sides(model.config["image_size"])
+
+    def example(n):
+        """Inputs for n pictures: noise, times from 1 down, labels up to the null class."""
+        y = {"y": torch.arange(n) % (classes + 1)} if classes else {}
+        return {"x": draw_noise(n, shape, 0), "t": torch.arange(n, 0, -1) / n, **y}
+
+    parts = [(path, model, list(example(1)), process.predicts)]
+    if latents:
+        taesd.encoder = None    # its weights have no place in the file
+        beside = path.with_stem(f"{path.stem}-decoder")
+        parts.append((beside, Decoder(taesd, latents), ["x"], "pictures"))
+    made = []
+    for target, module, names, output in parts:
+        traced, *others = ({name: example(n)[name] for name in names} for n in (2, 1, 5))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")    # by torch of torch; what counts is compared
+                data = packed(module, traced, suffix)
+                again = unpacked(data, suffix)
+                gaps = [(again(v) - module(*v.values())).abs().max() for v in others]
+        except Exception as error:    # noqa: BLE001 - exporters fail in many ways
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(f"{target}: torch {torch.__version__} cannot export this model "
+                             f"({type(error).__name__}: {reason}); a newer one may") from None
+        gap = torch.stack(gaps).max().item()    # nan if one of them is
+        if not gap <= EXPORT_GAP:
+            raise ValueError(f"{target}: not written: its answers are up to {gap:.1e} from the "
+                             f"model's, and {EXPORT_GAP:.0e} is allowed")
+        halves = 2 * sum(value.numel() for value in module.state_dict().values())
+        line = (f"{target}: {', '.join(names)} -> {output}; {len(data) / 2**20:.2f} MiB in fp32, "
+                f"its weights in fp16 would take {halves / 2**20:.2f} MiB; largest difference from the "
+                f"model {gap:.1e}")
+        made.append((target, data, line))
+    for target, data, line in made:
+        write_whole(target, lambda file, data=data: file.write(data))
+        print(line)
+    if process.predicts == "noise":
+        limit = sampler_options("ddim", latents)["clip"]
+        print(f"for DDIM: the largest |x0| that is believed is {limit:.4f}")
+
+
 def parse_arguments(argv=None):
     """The command line; sampler and steps depend on the checkpoint and are filled in by run()."""
     parser = Parser(description="Draw pictures with a trained LiquidFlow model.")
@@ -456,6 +591,8 @@ def parse_arguments(argv=None):
                             "trained with, or a download")
     add("--reconstruct", nargs="+", metavar="PICTURE",
         help="no samples: what an autoencoder alone does to these pictures")
+    add("--export", metavar="FILE", help="no samples: the model for other programs, as an .onnx or "
+                                         ".pt2 file; a decoder of latents goes beside it")
     add("--latents", choices=TAESD_FILES, help="which autoencoder is to --reconstruct; taesd if "
                                                "not given")
     add("--image_size", type=number(int, 8), help="at which size; 128 if not given")
@@ -463,8 +600,8 @@ def parse_arguments(argv=None):
     args = parser.parse_args(argv)
     if not args.reconstruct and (args.latents or args.image_size):
         parser.error("--latents and --image_size are for --reconstruct; a checkpoint has its own")
-    if args.reconstruct and (args.evaluate or args.gates):
-        parser.error("--reconstruct draws no samples: --evaluate and --gates need some")
+    if args.reconstruct and (args.evaluate or args.gates or args.export):
+        parser.error("--reconstruct needs no model: --evaluate, --gates and --export do")
     if args.data_dir and not args.evaluate:
         parser.error("--data_dir is for --evaluate")
     return args
@@ -472,11 +609,13 @@ def parse_arguments(argv=None):
 
 def run(args):
     """Loads, samples, writes; says what and where."""
-    for path, suffix in (args.out, ".png"), (args.gif, ".gif"), (args.gates, ".png"):
-        if path is not None and (Path(path).suffix.lower() != suffix or Path(path).is_dir()
+    for path, *suffixes in ((args.out, ".png"), (args.gif, ".gif"), (args.gates, ".png"),
+                            (args.export, ".onnx", ".pt2")):
+        if path is not None and (Path(path).suffix.lower() not in suffixes or Path(path).is_dir()
                                  or not Path(path).parent.is_dir()):
-            raise ValueError(f"{path!r}: give a file ending in {suffix}, in a folder that exists")
-    device = pick_device(args.device)
+            raise ValueError(f"{path!r}: give a file ending in {' or '.join(suffixes)}, in a "
+                             "folder that exists")
+    device = pick_device("cpu" if args.export else args.device)    # a file would remember which
     if args.reconstruct:
         return reconstruct(args, device)
     path = args.ckpt or newest_checkpoint()
@@ -484,6 +623,8 @@ def run(args):
     latents = state["latents"]
     taesd = load_taesd(latents["name"], args.taesd_dir or state["args"].get("taesd_dir"),
                        device) if latents else None
+    if args.export:
+        return export(Path(args.export), model, process, taesd, latents)
 
     def picture_of(x):
         """What the model drew -> pictures (n, 3, H, W) on the CPU."""

@@ -11,6 +11,7 @@ import csv
 import functools
 import hashlib
 import http.server
+import importlib
 import io
 import itertools
 import json
@@ -31,18 +32,19 @@ import threading
 import time
 import types
 import urllib.error
+import warnings
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageColor
+from torch import nn
 from torch.testing import assert_close
 
 import liquidflow as lf
@@ -142,7 +144,7 @@ def test_ltc_runge_kutta_converges_to_the_closed_form_with_order_four():
     x0, f, A, tau, t = 2 * normal(0, 50), *(uniform(i, 50) + 0.5 for i in range(1, 5))
     exact = lf.ltc_closed_form(x0, f, A, tau, t)
     errors = [(lf.ltc_ode(x0, f, A, tau, t, steps) - exact).abs().mean() for steps in (16, 32, 64)]
-    for coarse, fine in zip(errors, errors[1:]):
+    for coarse, fine in itertools.pairwise(errors):
         assert 14 < coarse / fine < 19    # 2^4 = 16; measured 17.1 and 16.5
     assert errors[-1] < 1e-6
 
@@ -330,7 +332,7 @@ def test_no_token_hears_from_a_later_one(seed, l, chunk, data):
     changed = [v.clone() for v in inputs]
     for v in changed[:4]:
         v[:, cut:] *= 3
-    for function, options in ((lf.ssd_quadratic, {}), (lf.ssd_chunked, dict(chunk_size=chunk))):
+    for function, options in ((lf.ssd_quadratic, {}), (lf.ssd_chunked, {"chunk_size": chunk})):
         before, after = function(*inputs, **options)[0], function(*changed, **options)[0]
         assert torch.equal(before[:, :cut], after[:, :cut])
         assert not torch.equal(before[:, cut:], after[:, cut:])
@@ -492,9 +494,9 @@ def test_scan_hands_each_path_to_the_mixer_and_puts_tokens_back(name, height, wi
 
 MODELS = [("patch", 32), ("unet", 32), ("mamba", 16), ("patch", (16, 24)), ("unet", (8, 12)),
           ("mamba", (16, 8))]
-TINY = {"patch": dict(dim=16, depth=4, cond_dim=8, headdim=8, d_state=4),
-        "unet": dict(channels=(6, 8), blocks=(1, 1), cond_dim=8),
-        "mamba": dict(dim=16, depth=3, cond_dim=8, headdim=8, d_state=4)}
+TINY = {"patch": {"dim": 16, "depth": 4, "cond_dim": 8, "headdim": 8, "d_state": 4},
+        "unet": {"channels": (6, 8), "blocks": (1, 1), "cond_dim": 8},
+        "mamba": {"dim": 16, "depth": 3, "cond_dim": 8, "headdim": 8, "d_state": 4}}
 
 
 def tiny_model(arch, size=16, seed=0, **options):
@@ -758,7 +760,7 @@ def test_physics_terms_by_hand():
 @given(seeds, st.integers(1, 3), st.integers(1, 8), st.integers(1, 8))
 def test_physics_terms_are_per_picture_and_none_for_the_same_picture(seed, b, height, width):
     p, q = normal(seed, b, 3, height, width), normal(seed + 1, b, 3, height, width)
-    for name, term in lf.PHYSICS.items():
+    for term in lf.PHYSICS.values():
         values = term(p, q)
         assert values.shape == (b,) and (values >= 0).all()
         for i in range(b):
@@ -829,7 +831,7 @@ def test_samplers_converge_with_their_order(name, low, high):
     sampler = lf.SAMPLERS[name]
     ends = [sampler(gaussian_velocity, flow, noise, steps) for steps in (32, 64, 128, 256)]
     errors = [(x0 - SPREAD * noise).abs().mean() for x0 in ends]
-    for coarse, fine in zip(errors, errors[1:]):
+    for coarse, fine in itertools.pairwise(errors):
         assert low < coarse / fine < high    # measured 1.97 to 1.99 and 3.80 to 3.97
 
 
@@ -1111,7 +1113,7 @@ def test_taesd_refuses_files_that_do_not_fit_by_name(tmp_path):
     encoder, decoder, _ = taesd_files(tmp_path)
     wide = tmp_path / "wide"
     wide.mkdir()
-    wide_encoder, wide_decoder, _ = taesd_files(wide, 16)
+    _wide_encoder, wide_decoder, _ = taesd_files(wide, 16)
     cut = tmp_path / "cut.pth"
     cut.write_bytes(decoder.read_bytes()[:5000])
     other = tmp_path / "other.pth"
@@ -1396,8 +1398,8 @@ def make_flowers102(folder, monkeypatch):
     (base / "jpg").mkdir(parents=True)
     for i in range(1, 6):
         plain(i).save(base / "jpg" / f"image_{i:05d}.jpg")
-    (base / "setid.mat").write_text(json.dumps(dict(trnid=[2], valid=[5, 1], tstid=[3, 4])))
-    (base / "imagelabels.mat").write_text(json.dumps(dict(labels=[7, 102, 1, 7, 3])))
+    (base / "setid.mat").write_text(json.dumps({"trnid": [2], "valid": [5, 1], "tstid": [3, 4]}))
+    (base / "imagelabels.mat").write_text(json.dumps({"labels": [7, 102, 1, 7, 3]}))
     sums = {"image": pack(base, "102flowers.tgz", ["jpg"]), "label": md5(base / "imagelabels.mat"),
             "setid": md5(base / "setid.mat")}
     monkeypatch.setattr(kind, "_file_dict", {key: (kind._file_dict[key][0], value)
@@ -1768,6 +1770,171 @@ def test_reconstruct_shows_what_the_autoencoder_loses(photographs, tmp_path, mon
 
 
 # ------------------------------------------------------------------------------------------------
+# sample.py: export
+# ------------------------------------------------------------------------------------------------
+
+PACKAGES = ["onnx", "onnxscript", "onnxruntime"]
+# 1,024 tokens are 64 chunks in 4 spans; 384 are 24 chunks in 2 spans, the second one padded
+EXPORTS = [("patch", 64, 3, {"depth": 2, "patch_size": 2, "num_classes": 3}), ("unet", 16, 3, {}),
+           ("mamba", (16, 24), 4, {"depth": 1})]
+
+
+def random_run(path, arch, size, channels, process=None, **options):
+    """Saves a checkpoint of a random model, as train.py would, of latents if it has 4 channels.
+
+    Nothing in the model is zero. Returns it and the autoencoder, whose files are in weights/.
+    """
+    model = lf.create_model(arch, "nano", size, channels, **{**TINY[arch], **options})
+    shake(model, 0, 0.2).eval()
+    latents, taesd = None, None
+    if channels == 4:
+        latents = {"name": "taesd", "mean": torch.tensor([1.0, -1, 0, 2]).view(4, 1, 1),
+                       "std": torch.tensor([0.5, 1, 2, 1]).view(4, 1, 1), "limit": 1.5}
+        taesd = small_taesd(Path("weights"))
+        taesd.decoder[-1].weight.mul_(40)    # or all its pictures would be nearly black
+        taesd.decoder[-1].bias.fill_(0.5)
+        torch.save(taesd.decoder.state_dict(), "weights/taesd_decoder.pth")
+    lf.save_checkpoint(path, {
+        "version": train.CHECKPOINT_VERSION, "config": model.config, "ema": model.state_dict(),
+        "process": process or train.PROCESS_OF[arch], "latents": latents, "step": 1,
+        "args": {"taesd_dir": "weights"}})
+    return model, taesd
+
+
+def reader(path):
+    """The model in an exported file, as a function."""
+    if path.suffix == ".pt2":
+        return torch.export.load(path).module()
+    session = importlib.import_module("onnxruntime").InferenceSession(path)
+
+    def answer(*inputs):
+        given = {name: value.numpy() for name, value in zip("xty", inputs)}
+        return torch.from_numpy(session.run(["output"], given)[0])
+    return answer
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+@pytest.mark.parametrize("arch, size, channels, options", EXPORTS)
+def test_an_exported_file_is_the_model(
+        arch, size, channels, options, suffix, tmp_path, monkeypatch, capsys):
+    for name in PACKAGES:
+        if suffix == ".onnx":
+            pytest.importorskip(name)
+        else:
+            monkeypatch.setitem(sys.modules, name, None)    # as if it were missing: not needed
+    monkeypatch.chdir(tmp_path)
+    model, taesd = random_run("ckpt.pt", arch, size, channels, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sample.main(["--ckpt", "ckpt.pt", "--export", f"model{suffix}"])
+    captured = capsys.readouterr()
+    assert captured.err == "" and captured.out.count("\n") == (3 if taesd else 1)
+    files = [Path(f"model{suffix}"), Path(f"model-decoder{suffix}")][:2 if taesd else 1]
+    answers = [reader(path) for path in files]
+    for n in (1, 2, 3, 8):
+        x = normal(n, n, channels, *lf.sides(size), dtype=torch.float32)
+        inputs = [x, uniform(n, n, dtype=torch.float32)]
+        if "num_classes" in options:
+            inputs.append(torch.arange(n) % 4)    # three classes, and 3 for any
+        assert_close(answers[0](*inputs), model(*inputs), rtol=0, atol=1e-4)    # measured 5e-6
+        if taesd:
+            latents = lf.load_checkpoint("ckpt.pt")["latents"]
+            assert_close(answers[1](x), train.decoded(x, taesd, latents), rtol=0, atol=1e-4)
+    for path, part in zip(files, (model, taesd and taesd.decoder)):
+        line, = [line for line in captured.out.splitlines() if line.startswith(f"{path}: ")]
+        halves = sum(2 * p.numel() for p in part.parameters())
+        for taken in path.stat().st_size, halves:
+            assert f"{taken / 2**20:.2f} MiB" in line
+        assert str(HERE).encode() not in path.read_bytes()
+    assert ("largest |x0| that is believed is 1.5" in captured.out) == bool(taesd)
+    assert {*files, Path("ckpt.pt")} == set(Path().iterdir()) - {Path("weights")}
+
+
+def test_an_export_that_is_wrong_is_not_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    random_run("ckpt.pt", "unet", 8, 4)
+    Path("model.pt2").write_text("earlier")
+    models, arguments = {}, ["--ckpt", "ckpt.pt", "--export", "model.pt2"]
+
+    def packed(model, inputs, suffix):
+        models[type(model).__name__] = model
+        return type(model).__name__.encode()
+
+    def off(wrong, error):
+        """A reader of files that makes an error where there is more than one picture."""
+        def unpacked(data, suffix):
+            model = models[data.decode()]
+            return lambda inputs: model(*inputs.values()) + (
+                error if data.decode() == wrong and len(inputs["x"]) > 1 else 0)
+        return unpacked
+
+    monkeypatch.setattr(sample, "packed", packed)
+    for wrong, error, words in (("LiquidUNet", 0.0011, ["model.pt2", "1.1e-03"]),
+                                ("LiquidUNet", math.nan, ["model.pt2", "nan"]),
+                                ("Decoder", -0.0011, ["model-decoder.pt2", "1.1e-03"])):
+        monkeypatch.setattr(sample, "unpacked", off(wrong, error))
+        refused(sample.main, arguments, capsys, "not written", *words)
+        assert Path("model.pt2").read_text() == "earlier"
+        assert {p.name for p in tmp_path.iterdir()} == {"ckpt.pt", "weights", "model.pt2"}
+    monkeypatch.setattr(sample, "unpacked", lambda data, suffix: Path("none").read_bytes())
+    refused(sample.main, arguments, capsys, "model.pt2", f"torch {torch.__version__}", "none")
+    assert Path("model.pt2").read_text() == "earlier"
+    monkeypatch.setattr(sample, "unpacked", off("Decoder", 0.0009))
+    sample.main(arguments)
+    assert "model-decoder.pt2: x -> pictures; " in capsys.readouterr().out
+    assert Path("model.pt2").read_text() == "LiquidUNet"
+    assert Path("model-decoder.pt2").read_text() == "Decoder"
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_onnx_without_its_packages_is_one_line(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    random_run("ckpt.pt", "unet", 8, 3)
+    monkeypatch.setitem(sys.modules, name, None)
+    refused(sample.main, ["--ckpt", "ckpt.pt", "--export", "model.onnx"], capsys,
+            "pip install onnx onnxscript onnxruntime", ".pt2")
+    assert {p.name for p in tmp_path.iterdir()} == {"ckpt.pt"}
+
+
+def replaced(text, old, new):
+    assert text.count(old) == 1, old
+    return text.replace(old, new)
+
+
+@pytest.mark.parametrize("arch, channels, process", [
+    ("patch", 3, "flow"), ("mamba", 4, "diffusion")])
+def test_the_readme_draws_the_same_pictures_without_torch(
+        arch, channels, process, tmp_path, monkeypatch):
+    for name in PACKAGES:
+        pytest.importorskip(name)
+    monkeypatch.chdir(tmp_path)
+    model, taesd = random_run("ckpt.pt", arch, 16, channels, process, depth=1)
+    sample.main(["--ckpt", "ckpt.pt", "--export", "model.onnx"])
+    program, ddim = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    if process == "diffusion":
+        euler = program.split("\n\n")[2]
+        program = replaced(program, euler, replaced(ddim, "limit = 1 ", "limit = 1.5 "))
+    random = "np.random.default_rng(0).standard_normal((n, C, H, W), np.float32)"
+    program = replaced(program, random, "np.load('noise.npy')")
+    x = sample.draw_noise(4, (channels, 16, 16), 7)
+    np.save("noise.npy", x.numpy())
+    Path("draw.py").write_text(f"import sys\n{program}\nassert 'torch' not in sys.modules")
+    done = subprocess.run([sys.executable, "draw.py"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+    latents = lf.load_checkpoint("ckpt.pt")["latents"]
+    if process == "flow":
+        x = lf.euler_sample(model, lf.RectifiedFlow(), x, 50)
+    else:
+        x = lf.ddim_sample(model, lf.VPDiffusion(), x, 50, clip=1.5)
+    for i, picture in enumerate(train.decoded(x, taesd, latents).clamp(-1, 1)):
+        levels = (picture + 1).numpy() * 127.5
+        pixels = np.asarray(Image.open(f"{i}.png")).transpose(2, 0, 1)
+        assert np.abs(pixels - levels).max() < 0.51    # rounding alone is 0.5
+        assert 20 < levels.mean() < 235 and levels.std() > 20    # so there is something to compare
+
+
+# ------------------------------------------------------------------------------------------------
 # train.py and sample.py, as a user runs them
 # ------------------------------------------------------------------------------------------------
 
@@ -1778,7 +1945,7 @@ SMALL = ["--variant", "nano", "--image_size", "16", "--override", "dim=48", "--o
 def script(name, *arguments, cwd):
     """Runs a script in a process of its own: (exit code, stdout, stderr)."""
     done = subprocess.run([sys.executable, HERE / name, *map(str, arguments)], cwd=cwd,
-                          capture_output=True, text=True, timeout=300)
+                          capture_output=True, text=True, timeout=300, check=False)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -1839,7 +2006,7 @@ def test_same_seed_same_run_same_pictures(trained, arch, tmp_path, monkeypatch):
         pixels = np.asarray(Image.open("samples.png"))[2:18, 2:18]
         noise = sample.draw_noise(1, (3, 16, 16), 5)
         name = train.SAMPLER_OF[process.predicts]
-        options = dict(clip=1.0) if name == "ddim" else {}
+        options = {"clip": 1.0} if name == "ddim" else {}
         exact = lf.SAMPLERS[name](expected, process, noise, 2, **options)[0]
         exact = (exact.clamp(-1, 1).permute(1, 2, 0).numpy() + 1) * 127.5
         assert np.abs(pixels - exact).max() < 1.5
@@ -1869,7 +2036,7 @@ def test_a_run_that_is_killed_and_resumed_ends_in_the_same_bits(tmp_path):
     options = [*SMALL, "--steps", "200", "--save_every", "5", "--log_every", "7"]
     train.main([*options, "--out", str(tmp_path / "whole")])
     run, moments = tmp_path / "run", random.Random(time.time_ns())
-    kills, done = int(os.environ.get("KILLS", 3)), False
+    kills, done = int(os.environ.get("KILLS", "3")), False
     command = [sys.executable, HERE / "train.py", *options, "--out", run, "--save_every"]
     for kill in range(kills):
         if done:    # a run that ended before it could be killed: one more, from the start
@@ -1989,7 +2156,7 @@ try: liquidflow.save_checkpoint("ckpt.pt", dict(step=2, model=torch.zeros(10000)
 except OSError as error: print("one line:", error)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
-                          text=True)
+                          text=True, check=False)
     assert ("one line" in done.stdout) == (how[0] == "r"), done.stderr
     assert lf.load_checkpoint(tmp_path / "ckpt.pt") == {"step": 1}
 
@@ -2014,7 +2181,8 @@ def test_steps_that_are_not_finite_are_skipped_and_counted_or_end_the_run():
     for step in range(precision.in_a_row):
         precision.scaler.scale(weight.sum() * (math.inf if step else 1)).backward()
         precision.step(optimizer, [weight], step, {})
-        moved = weight.detach().clone() if step == 0 else moved
+        if step == 0:
+            moved = weight.detach().clone()
         weight.grad = None
     assert torch.equal(weight.detach(), moved) and precision.skipped == precision.in_a_row - 1
     # unscaled first, then clipped: a step of length 1
@@ -2167,7 +2335,8 @@ def test_two_processes_and_parts_of_a_batch_are_one_process(tmp_path, monkeypatc
     assert_close(torch.stack(norms[:6]), torch.stack(norms[6:]), rtol=1e-3, atol=0)
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
                            "--nproc_per_node=2", HERE / "train.py", *options, "--grad_accum", "2",
-                           "--out", "two"], cwd=tmp_path, capture_output=True, text=True)
+                           "--out", "two"], cwd=tmp_path, check=False,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("parameters") == 1 and "and 1 more" in done.stdout
     for name in ("parts", "two"):
@@ -2271,6 +2440,8 @@ def test_train_keeps_what_is_there(tmp_path, monkeypatch, capsys, trained):
     (["--evaluate", "0"], ["--evaluate"]), (["--data_dir", "here"], ["--evaluate"]),
     (["--reconstruct", "a.png", "--evaluate", "9"], ["--reconstruct"]),
     (["--reconstruct", "a.png", "--gates", "a.png"], ["--reconstruct"]),
+    (["--export", "a.pth"], [".onnx", ".pt2"]), (["--export", "nowhere/a.pt2"], ["nowhere"]),
+    (["--export", "a.pt2", "--reconstruct", "a.png"], ["--export", "--reconstruct"]),
     (["--device", "warp"], ["warp"])])
 def test_sample_refuses_in_one_line_and_leaves_nothing(
         arguments, words, tmp_path, monkeypatch, capsys, trained):
@@ -2306,7 +2477,7 @@ def test_the_tour_runs_and_importing_prints_nothing(tmp_path):
         for variant in variants:
             assert f"{arch} {variant} " in out
     quiet = subprocess.run([sys.executable, "-c", "import liquidflow, train, sample"], cwd=HERE,
-                           capture_output=True, text=True)
+                           capture_output=True, text=True, check=False)
     assert quiet.returncode == 0 and quiet.stdout == quiet.stderr == ""
 
 
@@ -2444,7 +2615,7 @@ def test_nearest_finds_copies_and_agrees_with_a_plain_search(monkeypatch):
 
 def table_of(out):
     """{row: (samples, real)} of what --evaluate printed."""
-    found = re.findall(r"^(\S.{17})\s*([\d.]+)\s+([\d.]+)   \S", out, re.M)
+    found = re.findall(r"^(\S.{17})\s*([\d.]+)\s+([\d.]+)   \S", out, re.MULTILINE)
     return {name.strip(): (float(ours), float(real)) for name, ours, real in found}
 
 
@@ -2528,7 +2699,7 @@ def test_gates_are_those_of_each_layer_at_each_step(arch, scale):
     noise = normal(0, 5, 3, 16, 16, dtype=torch.float32)
     with sample.Gates(model, 7) as gates:
         for i, part in enumerate(noise.split(2)):
-            def note(step, x_t, x0_hat):
+            def note(step, x_t, x0_hat, i=i):
                 gates.note(step, x0_hat, torch.Tensor.clone)
                 passed.append((i, step, x_t, x0_hat))
 
@@ -2672,8 +2843,9 @@ def forward_backward(function, inputs, parameters=()):
 def medians(competitors, device, seconds=5):
     """{name: function without arguments} -> {name: median milliseconds}; they take turns."""
     taken = {name: [] for name in competitors}
-    start = None
-    while start is None or len(taken[name]) < 4 or time.perf_counter() - start < seconds:
+    start, rounds = None, 0
+    while rounds < 4 or time.perf_counter() - start < seconds:
+        rounds += 1
         for name, function in competitors.items():
             begin = time.perf_counter()
             try:
@@ -2744,7 +2916,7 @@ def bench_scan(device):
             runs["recurrence"] = forward_backward(lf.ssd_sequential, inputs)
             runs["quadratic"] = forward_backward(lf.ssd_quadratic, inputs)
         slow = {"recurrence": math.nan, "quadratic": math.nan, **medians(runs, device, seconds=1)}
-        print(f"{str((b, l, h, p, n)):<21}{f'{ours:.1f} ({our_q})':>15}"
+        print(f"{(b, l, h, p, n)!s:<21}{f'{ours:.1f} ({our_q})':>15}"
               f"{ms['ours', 'default']:>9.1f}{f'{published:.1f} ({its_q})':>14}"
               f"{published / ours:>7.2f}{slow['recurrence']:>12.1f}"
               f"{slow['recurrence'] / ours:>7.1f}{slow['quadratic']:>11.1f}"
@@ -2784,7 +2956,7 @@ def bench_training(device):
               f"{1e3 * batch / ms['attention']:>11.1f}")
     del lf.MIXERS["attention"]
     print("\nmixers alone, 4096 tokens in all, ms\n    d      l   scan  attention")
-    for d, options in (96, dict(d_state=16, expand=1, headdim=48)), (256, dict(d_state=64)):
+    for d, options in (96, {"d_state": 16, "expand": 1, "headdim": 48}), (256, {"d_state": 64}):
         for l in 64, 256, 1024, 4096:
             u = torch.randn(4096 // l, l, d, device=device)
             mixers = {cls.__name__: cls(d, **options).to(device) for cls in (lf.Mamba2, Attention)}
