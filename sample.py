@@ -553,8 +553,8 @@ def export(path, model, process, taesd, latents):
                              f"model's, and {EXPORT_GAP:.0e} is allowed")
         halves = 2 * sum(value.numel() for value in module.state_dict().values())
         line = (f"{target}: {', '.join(names)} -> {output}; {len(data) / 2**20:.2f} MiB in fp32, "
-                f"its weights in fp16 would take {halves / 2**20:.2f} MiB; largest difference from the "
-                f"model {gap:.1e}")
+                f"its weights in fp16 would take {halves / 2**20:.2f} MiB; largest difference from "
+                f"the model {gap:.1e}")
         made.append((target, data, line))
     for target, data, line in made:
         write_whole(target, lambda file, data=data: file.write(data))
