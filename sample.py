@@ -323,10 +323,11 @@ class Gates:
     """
 
     def __init__(self, model, steps):
-        self.layers = {
-            name.replace("blocks", "block").replace(".cfc_", " ").replace(".cfc", "")
-                .replace(".", " ", 1): module
-            for name, module in model.named_modules() if isinstance(module, ParallelCfC)}
+        self.layers = {}
+        for name, module in model.named_modules():
+            if isinstance(module, ParallelCfC):    # blocks.0.cfc_in.cfc is to be called block 0 in
+                name = name.replace("blocks", "block").replace(".cfc_", " ").replace(".cfc", "")
+                self.layers[name.replace(".", " ", 1)] = module
         self.moments = sorted({round(i * (steps - 1) / 5) for i in range(6)})
         self.latest, self.maps, self.guesses = {}, {}, {}
         self.means, self.single = ([[] for _ in range(steps)] for _ in range(2))
@@ -351,8 +352,8 @@ class Gates:
         A guided pass has the pictures twice, without and with their labels: the latter count.
         """
         n = len(x0_hat)
-        gates, alphas, single = zip(*([value[-n:].cpu() for value in self.latest[name]]
-                                      for name in self.layers))    # (n, H, W), (n,), (n, 16) each
+        shown = [[value[-n:].cpu() for value in self.latest[name]] for name in self.layers]
+        gates, alphas, single = zip(*shown)         # of each layer (n, H, W), (n,), (n, 16)
         gate = torch.stack([gate.mean((1, 2)) for gate in gates])                # (layers, n)
         self.means[step].append(torch.stack([gate, torch.stack(alphas)]))
         self.single[step].append(single)

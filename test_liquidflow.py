@@ -2592,6 +2592,9 @@ def test_distances_by_hand():
     q[1, :, :, ::2] += 6    # one of two pictures gets stripes: 6 between neighbours in a row
     assert colours(p, q) == pytest.approx(6 / 4)
     assert variation(p, q) == pytest.approx(6 / 2) == variation(p, q.flip(0))
+    r = p.clone()
+    r[..., ::2] += 3    # both get half of it: the same mean
+    assert variation(q, r) == pytest.approx(3)
 
 
 def test_nearest_finds_copies_and_agrees_with_a_plain_search(monkeypatch):
