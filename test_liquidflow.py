@@ -3005,7 +3005,7 @@ def judge_labels(checkpoint, device, count=600):
     y = torch.arange(count, device=device) * kinds // count
     name = train.SAMPLER_OF[process.predicts]
     options = train.sampler_options(name, state["latents"])
-    for scale in 0.0, 1.0, 1.5, 2.0, 3.0, 4.0:
+    for scale in 0.0, 1.0, 2.0, 3.0:
         drawn = torch.cat([
             lf.SAMPLERS[name](model, process, z, 50, labels, scale, **options)
             for z, labels in zip(noise.split(100), y.split(100))])
