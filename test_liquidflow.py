@@ -1789,7 +1789,7 @@ def random_run(path, arch, size, channels, process=None, **options):
     latents, taesd = None, None
     if channels == 4:
         latents = {"name": "taesd", "mean": torch.tensor([1.0, -1, 0, 2]).view(4, 1, 1),
-                       "std": torch.tensor([0.5, 1, 2, 1]).view(4, 1, 1), "limit": 1.5}
+                   "std": torch.tensor([0.5, 1, 2, 1]).view(4, 1, 1), "limit": 1.5}
         taesd = small_taesd(Path("weights"))
         taesd.decoder[-1].weight.mul_(40)    # or all its pictures would be nearly black
         taesd.decoder[-1].bias.fill_(0.5)
@@ -1797,7 +1797,7 @@ def random_run(path, arch, size, channels, process=None, **options):
     lf.save_checkpoint(path, {
         "version": train.CHECKPOINT_VERSION, "config": model.config, "ema": model.state_dict(),
         "process": process or train.PROCESS_OF[arch], "latents": latents, "step": 1,
-        "args": {"taesd_dir": "weights"}})
+        "pictures": 1, "args": {"taesd_dir": "weights"}})
     return model, taesd
 
 
