@@ -390,13 +390,13 @@ def fading(log_decay):
     # exp(-1e4) is 0 even in float64, and -inf * 0 would be nan
     a, l = log_decay.clamp(min=-1e4).contiguous(), log_decay.shape[-1]
     column = a[..., None] * torch.ones(l, l, dtype=a.dtype, device=a.device).tril(-1)  # a_t, s < t
-    return column.cumsum_(-2).exp_()
+    return column.cumsum_(column.dim() - 2).exp_()    # Core ML takes no axis -2
 
 
 def write_state(x, log_decay, Bm):
     """The state that tokens leave behind, each faded by the decays after it: (b, h, p, n)."""
     b, l, g, _ = Bm.shape
-    after = F.pad(log_decay, (0, 0, -1, 1)).flip(1).cumsum(1).flip(1)     # a_{s+1} + ... + a_l
+    after = F.pad(log_decay[:, 1:], (0, 0, 0, 1)).flip(1).cumsum(1).flip(1)  # a_{s+1} + ... + a_l
     faded = (x * after.exp().to(x.dtype)[..., None]).reshape(b, l, g, -1)          # (b, l, g, r p)
     state = Bm.permute(0, 2, 3, 1) @ faded.transpose(1, 2)                         # (b, g, n, r p)
     return state.unflatten(3, (-1, x.shape[3])).permute(0, 1, 3, 4, 2).flatten(1, 2)
