@@ -577,7 +577,8 @@ def parse_arguments(argv=None):
     add("--label", nargs="+", metavar="CLASS", help="what to draw, by name or number: a row of "
         "each; every class, if not given. For models that were trained with --labels")
     add("--cfg", type=number(float, 0), help="guidance: how much more than the model would the "
-        "pictures should look like their class; 1 not at all, 0 like any. 2 if not given")
+        "pictures should look like their class; 1 not at all, 0 like any. 2 if not given, "
+        "1 for --evaluate")
     add("--eta", type=number(float, 0, 1), default=0.0, help="ddim only: fresh noise, 0 to 1")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="same seed, same pictures")
     add("--out", default="samples.png", help="where the grid goes")
@@ -644,7 +645,8 @@ def run(args):
         columns = math.ceil(args.n / len(rows)) if len(rows) > 1 else None
         count = max(count, len(rows) * (columns or 1))
         y = torch.tensor(rows, device=device)[torch.arange(count) // (columns or count) % len(rows)]
-        options["cfg_scale"] = 2.0 if args.cfg is None else args.cfg
+        plain = 1.0 if args.evaluate else 2.0    # guidance takes pictures away from the data
+        options["cfg_scale"] = plain if args.cfg is None else args.cfg
         args.n = len(rows) * columns if columns else args.n
     elif args.label or args.cfg is not None:
         raise ValueError(f"{path}: knows no classes; --label and --cfg need a model that was "
