@@ -330,7 +330,7 @@ class ParallelCfC(nn.Module):
         gate = torch.sigmoid(-(f * ts[:, :, None, None] + self.bias(c)[:, :, None, None]))
         alpha = torch.exp(-math.log(2) * 4 ** torch.tanh(self.rho) * ts)        # (B, dim)
         if self.fixed_alpha:
-            alpha = torch.full_like(alpha, self.fixed_alpha)
+            alpha = self.fixed_alpha + 0 * alpha    # rho must get a gradient, if only 0
         return gate, alpha[:, :, None, None]
 
     def forward(self, x, c):
@@ -382,7 +382,7 @@ def ssd_sequential(x, log_decay, Bm, Cm, initial_state=None):
 
 
 def fading(log_decay):
-    """(..., l) -> (..., l, l): entry [t, s] = exp(a_{s+1} + ... + a_t), unmasked.
+    """(..., l) -> (..., l, l): entry [t, s] = exp(a_{s+1} + ... + a_t), 1 for s > t.
 
     exp(cumsum(a)[t] - cumsum(a)[s]) would lose digits: after a hundred decays of -60 the sums are
     large, and their difference errs by 5e-4 in float32. So each column is summed by itself.
@@ -725,7 +725,7 @@ class LiquidUNet(nn.Module):
         self.norm = AdaLN(channels[0], cond_dim)
         # Answer 0 at first: then the first loss is known (§11)
         self.head = zeroed(nn.Conv2d(channels[0], in_channels, 3, padding=1))
-        # A share of x itself, set by c: c_skip in Karras et al. (2022). Token models learn less so
+        # A share of x itself, set by c: c_skip in Karras et al. (2022). Token models lose by it
         self.direct = zeroed(nn.Linear(cond_dim, in_channels))
 
     def forward(self, x, t, y=None):
@@ -1532,7 +1532,7 @@ class TAESD(nn.Module):
 # ------------------------------------------------------------------------------------------------
 # §16  The tour: python liquidflow.py
 
-# What the documents claim for each variant, and the size and channels it is claimed for
+# What our sources claim for each variant, and at which size
 CLAIMS = {
     "patch tiny": ("5.9M", 128), "patch small": ("13.7M", 128), "patch base": ("37.6M", 256),
     "patch 512": ("38.1M", 512), "unet tiny": ("8M, 23M", 256), "unet small": ("25M, 69M", 256),

@@ -88,7 +88,8 @@ def load_model(path, device):
         model = create_model(**state["config"])
         model.load_state_dict(state["ema"])
         process = PROCESSES[state["process"]]()
-        state["step"], state["latents"], state["args"], state["pictures"]    # asked for later
+        for name in "step", "latents", "args", "pictures", "classes":
+            state[name]    # is asked for later
         return model.to(device).eval(), process, state
     except (KeyError, TypeError, RuntimeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: its contents do not fit together ({error})") from None
@@ -300,7 +301,7 @@ def evaluate(samples, data, device):
             for name, (distance, sees) in DISTANCES.items()]
     rows.append(("nearest training", *both.median(1).values.tolist(),
                  "copies, where far below that of real pictures"))
-    print(f"{n} samples beside {n} held-out pictures; real: {n} training pictures beside them\n"
+    print(f"{n} samples beside {n} held-out pictures; real: real pictures in their place\n"
           f"{'in shades of 255':<18}{'samples':>9}{'real':>9}   what it sees")
     for name, ours, theirs, sees in rows:
         print(f"{name:<18}{ours:9.2f}{theirs:9.2f}   {sees}")
@@ -328,6 +329,8 @@ class Gates:
             if isinstance(module, ParallelCfC):    # blocks.0.cfc_in.cfc is to be called block 0 in
                 name = name.replace("blocks", "block").replace(".cfc_", " ").replace(".cfc", "")
                 self.layers[name.replace(".", " ", 1)] = module
+        if not self.layers:
+            raise ValueError("--gates: this model has no CfC, and so no gates")
         self.moments = sorted({round(i * (steps - 1) / 5) for i in range(6)})
         self.latest, self.maps, self.guesses = {}, {}, {}
         self.means, self.single = ([[] for _ in range(steps)] for _ in range(2))
@@ -576,9 +579,8 @@ def parse_arguments(argv=None):
     add("--sampler", choices=SAMPLERS, help="euler for flows and ddim for diffusion if not given")
     add("--label", nargs="+", metavar="CLASS", help="what to draw, by name or number: a row of "
         "each; every class, if not given. For models that were trained with --labels")
-    add("--cfg", type=number(float, 0), help="guidance: how much more than the model would the "
-        "pictures should look like their class; 1 not at all, 0 like any. 2 if not given, "
-        "1 for --evaluate")
+    add("--cfg", type=number(float, 0), help="guidance: 0 ignores the label, 1 is the plain "
+        "model, more exaggerates the class; 2 if not given, 1 for --evaluate")
     add("--eta", type=number(float, 0, 1), default=0.0, help="ddim only: fresh noise, 0 to 1")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="same seed, same pictures")
     add("--out", default="samples.png", help="where the grid goes")
@@ -602,8 +604,14 @@ def parse_arguments(argv=None):
     args = parser.parse_args(argv)
     if not args.reconstruct and (args.latents or args.image_size):
         parser.error("--latents and --image_size are for --reconstruct; a checkpoint has its own")
-    if args.reconstruct and (args.evaluate or args.gates or args.export):
-        parser.error("--reconstruct needs no model: --evaluate, --gates and --export do")
+    if args.reconstruct and args.export:
+        parser.error("--export needs a model, and --reconstruct has none")
+    samples = args.evaluate, args.gates, args.gif, args.label, args.cfg, args.eta or None
+    if (args.reconstruct or args.export) and any(value is not None for value in samples):
+        parser.error("--reconstruct and --export draw no samples: leave out --evaluate, --gates, "
+                     "--gif, --label, --cfg and --eta")
+    if args.evaluate and args.label:
+        parser.error("--evaluate compares with pictures of all classes: leave out --label")
     if args.data_dir and not args.evaluate:
         parser.error("--data_dir is for --evaluate")
     return args
@@ -639,19 +647,23 @@ def run(args):
             raise ValueError(f"--eta {args.eta}: only --sampler ddim draws fresh noise, not {name}")
         options.update(eta=args.eta, generator=torch.Generator(device).manual_seed(args.seed))
 
-    count, columns, y = args.evaluate or args.n, None, None
-    if model.config["num_classes"]:
-        rows = labels_of(args.label, state["classes"])
-        columns = math.ceil(args.n / len(rows)) if len(rows) > 1 else None
-        count = max(count, len(rows) * (columns or 1))
-        y = torch.tensor(rows, device=device)[torch.arange(count) // (columns or count) % len(rows)]
-        plain = 1.0 if args.evaluate else 2.0    # guidance takes pictures away from the data
-        options["cfg_scale"] = plain if args.cfg is None else args.cfg
-        args.n = len(rows) * columns if columns else args.n
-    elif args.label or args.cfg is not None:
+    count, columns, y, classes = args.evaluate or args.n, None, None, model.config["num_classes"]
+    if not classes and (args.label or args.cfg is not None):
         raise ValueError(f"{path}: knows no classes; --label and --cfg need a model that was "
                          "trained with --labels")
     data = data_of(state, args, device) if args.evaluate else None
+    if classes and args.evaluate:    # as many of each class as there are in what it is compared to
+        y = data.labels[held_out_split(len(data), TEST_SEED)[1][:count].to(data.labels.device)]
+    elif classes:
+        rows = labels_of(args.label, state["classes"])
+        rows = rows if args.label else rows[:args.n]
+        each = math.ceil(count / len(rows))
+        y, count = torch.tensor(rows).repeat_interleave(each), each * len(rows)
+        columns = each if len(rows) > 1 and each > 1 else None
+    if classes:
+        y, plain = y.to(device), 1.0 if args.evaluate else 2.0
+        options["cfg_scale"] = plain if args.cfg is None else args.cfg
+    shown = min(args.n, count) if args.evaluate else count
     shape = model.config["in_channels"], *sides(model.config["image_size"])
     noise = draw_noise(count, shape, args.seed).to(device)
     print(f"{path}: {model.config['arch']} {model.config['variant']}, step "
@@ -660,19 +672,19 @@ def run(args):
     sampler = functools.partial(SAMPLERS[name], **options)
     with Gates(model, args.steps) if args.gates else contextlib.nullcontext() as gates:
         def watch(step, x_t, x0_hat):
-            if args.gif:
+            if args.gif and sum(map(len, frames[step])) < shown:
                 frames[step].append(picture_of(x_t))
             if args.gates:
                 gates.note(step, x0_hat, picture_of)
 
         pictures = draw(model, process, sampler, noise, y, args, picture_of, watch)
 
-    grid = grid_picture(pictures[:args.n], columns)
+    grid = grid_picture(pictures[:shown], columns)
     write_whole(args.out, lambda file: grid.save(file, "PNG"))
     seconds = time.time() - start
     print(f"{args.out}: {count} pictures in {duration(seconds)} ({count / seconds:.1f} a second)")
     if args.gif:
-        images = [grid_picture(torch.cat(frame)[:args.n], columns) for frame in frames] + [grid]
+        images = [grid_picture(torch.cat(frame)[:shown], columns) for frame in frames] + [grid]
         times = [max(20, 3000 // args.steps)] * args.steps + [2000]    # ms; rest on the last
         write_whole(args.gif, lambda file: images[0].save(
             file, "GIF", save_all=True, append_images=images[1:], duration=times, loop=0))
@@ -682,7 +694,7 @@ def run(args):
         write_whole(args.gates, lambda file: page.save(file, "PNG"))
         print(f"{args.gates}: the gates of {len(gates.layers)} liquid layers")
     if args.evaluate:
-        evaluate(pictures[:args.evaluate], data, device)
+        evaluate(pictures, data, device)
 
 
 def main(argv=None):

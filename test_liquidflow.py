@@ -1797,7 +1797,7 @@ def random_run(path, arch, size, channels, process=None, **options):
     lf.save_checkpoint(path, {
         "version": train.CHECKPOINT_VERSION, "config": model.config, "ema": model.state_dict(),
         "process": process or train.PROCESS_OF[arch], "latents": latents, "step": 1,
-        "pictures": 1, "args": {"taesd_dir": "weights"}})
+        "pictures": 1, "classes": ["a", "b", "c"], "args": {"taesd_dir": "weights"}})
     return model, taesd
 
 
@@ -2100,7 +2100,7 @@ def test_resume_refuses_what_would_be_another_run(tmp_path, monkeypatch, capsys)
     before = Path("run/ckpt.pt").read_bytes()
     refused(train.main, [*options, "--steps", "2"], capsys, "2 steps", "more --steps")
     refused(train.main, [*options, "--steps", "4", "--lr", "0.1", "--seed", "1"], capsys,
-            "--lr 0.005", "--seed 0")
+            "--lr 0.008", "--seed 0")
     refused(train.main, [*options, "--steps", "4", "--override", "depth=1"], capsys, "--override")
     monkeypatch.setattr(train, "EPOCH_OF_SHAPES", 600)
     refused(train.main, [*options, "--steps", "4"], capsys, "pictures")
@@ -2264,6 +2264,34 @@ def test_a_row_of_pictures_for_every_label(tmp_path, monkeypatch, capsys, traine
     refused(sample.main, ["--ckpt", "ckpt.pt", "--label", "6"], capsys, "6", "circle")
     for wish in ("--label", "star"), ("--cfg", "2"):
         refused(sample.main, ["--ckpt", trained / "patch" / "ckpt.pt", *wish], capsys, "--labels")
+    many, columns = drawn("--n", "4")                                # fewer than there are classes
+    assert columns == 2 and np.abs(many - exact(range(4), 2.0)).max() < 1.5
+    refused(sample.main, ["--ckpt", "ckpt.pt", "--evaluate", "5", "--label", "star"], capsys, "all")
+
+    asked = []
+    monkeypatch.setattr(sample, "draw", lambda *a: asked.append(a[4]) or a[3])
+    sample.main(["--ckpt", "ckpt.pt", "--evaluate", "50", "--n", "4"])
+    shapes = train.DATASETS["shapes"](types.SimpleNamespace(**state["args"]), "cpu")
+    held_out = train.held_out_split(len(shapes), train.TEST_SEED)[1]
+    assert torch.equal(asked[0], shapes.labels[held_out[:50]])       # each class as often as there
+    assert Image.open("samples.png").size == (38, 38)
+
+
+def test_resume_notices_other_classes(photographs, tmp_path, capsys):
+    options = [*SMALL, "--dataset", "folder", "--data_dir", photographs, "--labels",
+               "--out", tmp_path / "run"]
+    train.main([*map(str, options), "--steps", "1"])
+    (photographs / "a").rename(photographs / "c")
+    capsys.readouterr()
+    refused(train.main, [*options, "--steps", 2, "--resume"], capsys, "a, b", "b, c")
+
+
+def test_gates_need_a_liquid_layer(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train.main([*SMALL, "--steps", "1", "--override", "cfc_expand=0", "--out", "."])
+    capsys.readouterr()
+    refused(sample.main, ["--ckpt", "ckpt.pt", "--gates", "gates.png"], capsys, "no CfC")
+    assert not Path("gates.png").exists()
 
 
 def test_names_of_other_command_lines():
@@ -2982,6 +3010,8 @@ def bench_sampling(device):
 def judge_labels(checkpoint, device, count=600):
     """Does a model of labelled shapes draw what it is asked for? A classifier is trained to say."""
     model, process, state = sample.load_model(checkpoint, device)
+    if not model.config["num_classes"] or state["args"]["dataset"] != "shapes":
+        sys.exit(f"{checkpoint}: not a model of labelled shapes")
     side, kinds = model.config["image_size"], model.config["num_classes"]
     data = train.Shapes(30_000, side, 1, device)       # other pictures than it was trained on
     judge = nn.Sequential(

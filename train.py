@@ -56,7 +56,7 @@ from liquidflow import (
     sides,
 )
 
-CHECKPOINT_VERSION = 3      # raised whenever what a checkpoint holds changes its meaning
+CHECKPOINT_VERSION = 4      # raised whenever what a checkpoint holds changes its meaning
 LABEL_DROPOUT = 0.1         # of the labels are hidden, so that the model also learns to do without
 HELD_OUT = 512              # pictures that are never trained on (half, of a set below 1,024)
 TEST_SEED = 0               # chooses them and their noise: runs on the same pictures compare
@@ -1022,6 +1022,9 @@ def check_goes_on(state, args, data):
     if state["pictures"] != len(data):
         raise ValueError(f"the run in {args.out} was started with {state['pictures']} pictures, "
                          f"not {len(data)}")
+    if args.labels and list(state["classes"]) != list(data.classes):
+        raise ValueError(f"the run in {args.out} was started with the classes "
+                         f"{', '.join(state['classes'])}, and here are {', '.join(data.classes)}")
     if now and not torch.allclose(was["mean"], now["mean"], atol=0.01):
         raise ValueError(f"the run in {args.out} was started with other latents: other pictures, "
                          "or other weights of the autoencoder")
@@ -1062,7 +1065,7 @@ def train(args, model, network, data, taesd, precision, stop, state=None):
             leftover.unlink()
     # Every process takes grad_accum parts of a batch, one after the other
     mine = torch.arange(args.batch_size).chunk(WORLD * args.grad_accum)[RANK::WORLD]
-    classes = model.config["num_classes"]    # the labels are 0 ... classes - 1, and hidden: classes
+    classes = model.config["num_classes"]    # labels: 0 ... classes - 1; classes itself is hidden
 
     def labels(indices):
         """What the network is told of these pictures: (B,), or None."""
@@ -1132,7 +1135,7 @@ def train(args, model, network, data, taesd, precision, stop, state=None):
         if done == 1:
             target = process.target(x0, all_noise[part], t).square().mean().item()
             print(f"first loss {log.means()['loss']:.3f}; a new model answers 0, which costs "
-                  f"{target:.3f}, the mean square of what it should answer")
+                  f"about {target:.3f}, the mean square of what it should answer")
         last = done == args.steps
         stopping = summed([stop.signal or 0], device) != [0]    # together, or others would wait
         if done == first + 3:    # the first steps are slower
@@ -1286,12 +1289,12 @@ def run(args):
     data = first_come_first(lambda: DATASETS[args.dataset](args, device))
     if len(data) < 2:
         raise ValueError("one picture is too few: one is held out, and none is left to train on")
-    if taesd:
-        latents = first_come_first(lambda: cached_latents(data, taesd, args, device))
-        data = Latents(latents, data, args.latents, device)
     if args.labels and len(data.classes) < 2:
         raise ValueError(f"--labels: the pictures of --dataset {args.dataset} have no classes; "
                          "those of a folder are its sub-folders, two or more")
+    if taesd:
+        latents = first_come_first(lambda: cached_latents(data, taesd, args, device))
+        data = Latents(latents, data, args.latents, device)
     model = make_model(num_classes=len(data.classes) if args.labels else 0).to(device)
     network = torch.compile(model) if args.compile else model    # it shares the model's weights
     training = len(held_out_split(len(data), TEST_SEED)[0])
