@@ -2226,6 +2226,23 @@ def test_the_network_is_told_what_nine_in_ten_pictures_show(tmp_path, monkeypatc
     refused(train.main, [*options, "--out", tmp_path / "b", "--labels"], capsys, "sub-folders")
 
 
+def test_parts_of_a_batch_hide_the_same_labels(tmp_path, monkeypatch):
+    told, loss = [], lf.RectifiedFlow.loss
+
+    def spy(self, model, x0, y=None, **options):
+        if "reduction" in options:
+            told.append(y)
+        return loss(self, model, x0, y, **options)
+
+    monkeypatch.setattr(lf.RectifiedFlow, "loss", spy)
+    monkeypatch.setattr(train, "LABEL_DROPOUT", 0.5)
+    for parts in "1", "4":
+        train.main([*SMALL, "--labels", "--steps", "5", "--grad_accum", parts, "--out",
+                    str(tmp_path / parts)])
+    assert len(told) == 5 + 20
+    assert torch.equal(torch.cat(told[:5]), torch.cat(told[5:]))
+
+
 def test_a_row_of_pictures_for_every_label(tmp_path, monkeypatch, capsys, trained):
     monkeypatch.chdir(tmp_path)
     train.main([*SMALL, "--steps", "1", "--labels", "--out", "."])
