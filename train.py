@@ -869,8 +869,7 @@ class Log:
             rows.writeheader()
             rows.writerows(kept)
         os.replace(f"{path}.tmp", path)
-        self.file = open(path, "a", newline="")    # noqa: SIM115 - as long as the log lives
-        self.rows = csv.DictWriter(self.file, names)
+        self.path, self.names = path, names
 
     def reset(self):
         """Starts a new row."""
@@ -899,9 +898,10 @@ class Log:
         """Writes the row, and starts a new one."""
         self.reset()
         if not RANK:
-            self.rows.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
-                                for name, value in row.items()})
-            self.file.flush()
+            row = {name: f"{value:.6g}" if isinstance(value, float) else value
+                   for name, value in row.items()}
+            with open(self.path, "a", newline="") as file:
+                csv.DictWriter(file, self.names).writerow(row)
 
 
 class Precision:
