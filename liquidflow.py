@@ -1567,10 +1567,11 @@ def tour():
     u, mixer = torch.randn(2, 50, 32), Mamba2(32, headdim=16)
     moved = gap(mixer(torch.cat([u[:, :30], u[:, 30:] + 1], dim=1))[:, :30], mixer(u)[:, :30])
     print(f"§6  Mamba-2 {tuple(u.shape)}: a change at token 30 moves the tokens before by {moved}")
+    print(f"§7  two of the eight zigzags over 2 x 3 cells: {zigzag_orders(2, 3)[:2].tolist()}")
     model, pictures = create_model("patch", "nano", 32), torch.rand(64, 3, 32, 32) * 2 - 1
-    first = [process().loss(model, pictures)[0].item() for process in PROCESSES.values()]
-    print(f"§11 first losses of a new model: flow {first[0]:.3f} (1 + E[x0^2] = "
-          f"{1 + pictures.square().mean():.3f}), diffusion {first[1]:.3f} (1)")
+    first = {name: process().loss(model, pictures)[0] for name, process in PROCESSES.items()}
+    print(f"§11 first losses of a new model: flow {first['flow']:.3f} (1 + E[x0^2] = "
+          f"{1 + pictures.square().mean():.3f}), diffusion {first['diffusion']:.3f} (1)")
     values = {name: term(pictures, 0 * pictures).mean().item() for name, term in PHYSICS.items()}
     print("§12 uniform noise: " + ", ".join(f"{name} {v:.3f}" for name, v in values.items()))
 

@@ -101,17 +101,23 @@ def draw_noise(n, shape, seed):
     return torch.stack([torch.randn(shape, generator=generator) for _ in range(n)])
 
 
-def labels_of(names, classes):
-    """Numbers of the classes asked for, by name or number; of all, if names is None.
+def wanted(args, classes, data):
+    """What to draw, (n,) numbers of classes, and how many of them make a row of the grid, or None.
 
-    ValueError for a class that there is not.
+    A row of each --label, or of every class. For --evaluate as many of each class as there are
+    among the held-out pictures of data. ValueError for a class that there is not.
     """
+    if data:
+        held_out = held_out_split(len(data), TEST_SEED)[1][:args.evaluate]
+        return data.labels[held_out.to(data.labels.device)], None
     numbers = {str(i): i for i in range(len(classes))}
     numbers.update({name: i for i, name in enumerate(classes)})    # a name goes before a number
-    for name in names or []:
+    for name in args.label or []:
         if name not in numbers:
             raise ValueError(f"--label {name}: this model knows {', '.join(classes)}")
-    return [numbers[name] for name in names or classes]
+    rows = [numbers[name] for name in args.label or classes[:args.n]]
+    each = math.ceil(args.n / len(rows))
+    return torch.tensor(rows).repeat_interleave(each), each if min(len(rows), each) > 1 else None
 
 
 def draw(model, process, sampler, noise, y, args, picture_of, watch):
@@ -647,22 +653,16 @@ def run(args):
             raise ValueError(f"--eta {args.eta}: only --sampler ddim draws fresh noise, not {name}")
         options.update(eta=args.eta, generator=torch.Generator(device).manual_seed(args.seed))
 
-    count, columns, y, classes = args.evaluate or args.n, None, None, model.config["num_classes"]
+    classes = model.config["num_classes"]
     if not classes and (args.label or args.cfg is not None):
         raise ValueError(f"{path}: knows no classes; --label and --cfg need a model that was "
                          "trained with --labels")
     data = data_of(state, args, device) if args.evaluate else None
-    if classes and args.evaluate:    # as many of each class as there are in what it is compared to
-        y = data.labels[held_out_split(len(data), TEST_SEED)[1][:count].to(data.labels.device)]
-    elif classes:
-        rows = labels_of(args.label, state["classes"])
-        rows = rows if args.label else rows[:args.n]
-        each = math.ceil(count / len(rows))
-        y, count = torch.tensor(rows).repeat_interleave(each), each * len(rows)
-        columns = each if len(rows) > 1 and each > 1 else None
+    count, columns, y = args.evaluate or args.n, None, None
     if classes:
-        y, plain = y.to(device), 1.0 if args.evaluate else 2.0
-        options["cfg_scale"] = plain if args.cfg is None else args.cfg
+        y, columns = wanted(args, state["classes"], data)
+        y, count, default = y.to(device), len(y), 1.0 if args.evaluate else 2.0
+        options["cfg_scale"] = default if args.cfg is None else args.cfg
     shown = min(args.n, count) if args.evaluate else count
     shape = model.config["in_channels"], *sides(model.config["image_size"])
     noise = draw_noise(count, shape, args.seed).to(device)

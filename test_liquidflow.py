@@ -675,12 +675,9 @@ def test_rectified_flow_is_a_straight_path_from_data_to_noise():
     assert torch.equal(flow.interpolate(x0, noise, torch.ones(2).double()), noise)
 
 
-@pytest.mark.parametrize("name", lf.PROCESSES)
-def test_a_velocity_is_the_slope_of_the_path(name):
-    process, x0, noise = lf.PROCESSES[name](), normal(0, 2, 3, 4, 4), normal(1, 2, 3, 4, 4)
-    if process.predicts != "velocity":
-        assert torch.equal(process.target(x0, noise, torch.ones(2)), noise)
-        return
+@pytest.mark.parametrize("path", [p for p in lf.PROCESSES.values() if p.predicts == "velocity"])
+def test_a_velocity_is_the_slope_of_the_path(path):
+    process, x0, noise = path(), normal(0, 2, 3, 4, 4), normal(1, 2, 3, 4, 4)
     for t in 0.1, 0.3, 0.9:
         t = torch.full((2,), t, dtype=torch.float64).requires_grad_()
         slope, = torch.autograd.grad(process.interpolate(x0, noise, t)[0, 0, 0, 0], t)
