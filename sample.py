@@ -92,7 +92,8 @@ def load_model(path, device):
             state[name]    # is asked for later
         return model.to(device).eval(), process, state
     except (KeyError, TypeError, RuntimeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: its contents do not fit together ({error})") from None
+        reason = str(error).split("\n")[0]    # a line, where load_state_dict lists every weight
+        raise ValueError(f"{path}: its contents do not fit together ({reason})") from None
 
 
 def draw_noise(n, shape, seed):

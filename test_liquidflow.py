@@ -2098,7 +2098,10 @@ def test_resume_refuses_what_would_be_another_run(tmp_path, monkeypatch, capsys)
     refused(train.main, [*options, "--steps", "2"], capsys, "2 steps", "more --steps")
     refused(train.main, [*options, "--steps", "4", "--lr", "0.1", "--seed", "1"], capsys,
             "--lr 0.008", "--seed 0")
-    refused(train.main, [*options, "--steps", "4", "--override", "depth=1"], capsys, "--override")
+    refused(train.main, [*options, "--steps", "4", "--override", "depth=1", "--physics", "tv=1",
+                         "--max_images", "9", "--labels"], capsys,
+            "dim=48 --override depth=2 --override cond_dim=16:", "no --labels", "no --max_images",
+            "--physics tv=0.01,")
     monkeypatch.setattr(train, "EPOCH_OF_SHAPES", 600)
     refused(train.main, [*options, "--steps", "4"], capsys, "pictures")
     monkeypatch.undo()

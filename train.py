@@ -995,6 +995,18 @@ MAY_CHANGE = {"steps", "epochs", "grad_accum", "log_every", "sample_every", "sav
               "compile", "data_dir", "taesd_dir", "out", "resume", "overwrite"}
 
 
+def typed(name, value):
+    """An argument as it is typed on the command line, or "no --name"."""
+    if value is None or value is False or value == []:
+        return f"no --{name}"
+    if name == "override":
+        return " ".join(f"--override {key}={option}" for key, option in value)
+    if name == "physics":
+        weights = ",".join(f"{key}={weight}" for key, weight in value.items())
+        return f"--physics {weights or 'off'}"
+    return f"--{name}" if value is True else f"--{name} {value}"
+
+
 def load_run(args):
     """The checkpoint in --out, if it is of a run with these arguments; ValueError that names those
     that differ. None if a run was begun there, but nothing was saved yet.
@@ -1009,10 +1021,8 @@ def load_run(args):
     differ = [name for name, value in vars(args).items()
               if name not in MAY_CHANGE and state["args"].get(name) != value]
     if differ:
-        was = {name: state["args"].get(name) for name in differ}
-        told = (f"no --{name}" if value is None or value == [] else f"--{name} {value}"
-                for name, value in was.items())
-        raise ValueError(f"{path} was started with {', '.join(told)}: resume it so")
+        told = ", ".join(typed(name, state["args"].get(name)) for name in differ)
+        raise ValueError(f"{path} was started with {told}: resume it so")
     return state
 
 
