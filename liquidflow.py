@@ -40,7 +40,7 @@ Three times, never confused
     t     flow time: how noisy the picture is. Made in §11 and §13, enters the models by §2.
     dt    step of the state-space model: how far a token moves the state. Lives in §6.
     ts    liquid time: how long a CfC has been relaxing. Lives in §4.
-(tau is the time constant of §4's equation. The papers' t for other times: §4's ts, §5's tokens.)
+(tau: §4's time constant. g, h, b, f, A, alpha in §4's formulas are its papers', not §5's, §11's.)
 
 Five places to extend, each a dictionary from which the command line and the tests take their
 choices: MIXERS (§6), SCANS (§7), PROCESSES (§11), PHYSICS (§12), SAMPLERS (§13).
@@ -75,8 +75,8 @@ def full(x):
 def per_picture(value, x):
     """One number for each picture, (B,), shaped to multiply x, (B, ...): (B, 1, ..., 1).
 
-    Without it (B,) * (B, C, H, W) lines B up with W: an error if they differ, and silently wrong
-    if they do not. In x's precision, or float32 for half.
+    Without it (B,) * (B, C, H, W) lines B up with W: an error or, where they agree, silently wrong.
+    In x's precision, or float32 for half.
     """
     return value.to(full(x).dtype).reshape(-1, *[1] * (x.dim() - 1))
 
@@ -230,16 +230,16 @@ def ltc_closed_form(x0, f, A, tau, t):
     return x_inf + (x0 - x_inf) * torch.exp(-rate * t)
 
 
-# Step 3: the learned gate. Inputs that change leave an integral that nobody can solve. The closed-
+# Step 3: the learned gate. Inputs that change leave an integral without a closed form. The closed-
 # form continuous-time cell (CfC) keeps the shape of the solution above, a start that hands over to
 # an end as time passes, and learns the parts: the start g, the end h, the speed f of the change (of
 # any sign now), and its offset b. A sigmoid takes the place of the exponential:
 #
 #     gate = sigmoid(-(f * t + b)),    new state = gate * g + (1 - gate) * h
 #
-# It approximates; it does not solve the equation. What it keeps for certain are the limits (where
-# f > 0: g for t -> -inf, h for t -> +inf) and the bound: g and h end in a tanh and the gate mixes
-# them, so no state can leave [-1, 1], whatever the weights. With linear g and h it could.
+# It approximates, and does not solve: at t = 0 the state is not g but a mixture by sigmoid(-b). For
+# certain it keeps the limits (where f > 0: g for t -> -inf, h for t -> +inf) and a bound: g and h
+# end in a tanh and are mixed, so no state leaves [-1, 1]. With linear g and h it could.
 
 class ScaledTanh(nn.Module):
     """height * tanh(slope * x)."""
@@ -255,7 +255,7 @@ class ScaledTanh(nn.Module):
 class CfCCell(nn.Module):
     """One step of a closed-form continuous-time cell: cell(x, h, t) -> the new state (b, hidden).
 
-    x (b, input_size), h (b, hidden_size); t, the liquid time it takes: a number, (b,) or (b, 1).
+    x (b, input_size); h (b, hidden_size), the old state; t, liquid time: a number, (b,) or (b, 1).
     |output| <= 1 for every finite input, weight and time, unless a sum inside overflows. Source:
     Hasani et al. (2022), "Closed-form continuous-time neural networks" (f: time_a, b: time_b).
     """
@@ -264,7 +264,7 @@ class CfCCell(nn.Module):
         super().__init__()
         layers, width = [], input_size + hidden_size
         for _ in range(backbone_layers):
-            # LeCun's tanh (LeCun et al., 1998): takes 1 to 1 and -1 to -1, and has room beyond
+            # LeCun's tanh (LeCun et al., 1998): takes 1 nearly to 1, -1 to -1, and has room beyond
             layers += [nn.Linear(width, backbone_units), ScaledTanh(1.7159, 0.666)]
             width = backbone_units
         self.backbone = nn.Sequential(*layers)
@@ -282,16 +282,16 @@ class CfCCell(nn.Module):
 
 
 # The cell steps through a sequence; the models below use another form. In a picture every pixel is
-# a liquid neuron, all are computed at once, and the noise level decides how long they have had:
-# ParallelCfC makes of the condition c a liquid time ts(c) > 0 of each channel, and uses it twice:
+# a liquid neuron, x is its old state, all take their step at once, and the condition c (the noise
+# level above all) says how long it is: a liquid time ts(c) > 0 for each channel, used twice:
 #
-#     gate = sigmoid(-(f * ts + b(c))),    cfc = gate * g + (1 - gate) * h        as in the cell
+#     gate = sigmoid(-(f * ts + b(c))),    cfc = gate * g + (1 - gate) * h    the cell, but b from c
 #     out  = alpha * x + (1 - alpha) * cfc,    alpha = exp(-lambda * ts)          relaxation
 #
 # The second line is step 2 again: x relaxes towards cfc at a learned rate lambda > 0. ts and lambda
 # are kept within a factor of 4 of where they start (1 and log 2, so alpha = 0.5^ts at first): then
-# alpha stays below 0.96, and the liquid part is never cut off. (One of our sources takes the mean
-# of the embedding for ts, clamped to 0.01 at least: alpha is then 0.993 whatever t is.)
+# alpha stays below 0.96, and the liquid part is never cut off. (A source of ours takes the mean of
+# the embedding for ts, near 0 and clamped to 0.01: alpha is then 0.5^0.01 = 0.993 whatever t is.)
 
 class ParallelCfC(nn.Module):
     """A CfC for every pixel: x (B, dim, H, W), c (B, cond_dim) -> (B, dim, H, W).
@@ -312,7 +312,7 @@ class ParallelCfC(nn.Module):
         self.f_head = nn.Conv2d(expand * dim, dim, 1)
         self.g_head = nn.Conv2d(expand * dim, dim, 1)
         self.h_head = nn.Conv2d(expand * dim, dim, 1)
-        # ts = 4^tanh(time(c)): near 1 at first, but not the same for every c
+        # ts = 4^tanh(time(c)): small weights, no bias, so near 1 at first, but not alike for all c
         self.time = zeroed(nn.Linear(cond_dim, dim))
         nn.init.normal_(self.time.weight, std=0.08 / math.sqrt(cond_dim))
         self.bias = zeroed(nn.Linear(cond_dim, dim))          # b(c)
@@ -324,13 +324,13 @@ class ParallelCfC(nn.Module):
         return 4 ** torch.tanh(full(self.time(c)))
 
     def gates(self, x, c, features=None):
-        """What the liquid part decides: gate (B, dim, H, W) and alpha (B, dim, 1, 1), in (0, 1)."""
+        """gate (B, dim, H, W), alpha (B, dim, 1, 1), in (0, 1); features: backbone(x), if known."""
         f = self.f_head(self.backbone(x) if features is None else features)     # (B, dim, H, W)
         ts = self.liquid_time(c)                                                # (B, dim)
         gate = torch.sigmoid(-(f * ts[:, :, None, None] + self.bias(c)[:, :, None, None]))
         alpha = torch.exp(-math.log(2) * 4 ** torch.tanh(self.rho) * ts)        # (B, dim)
         if self.fixed_alpha:
-            alpha = self.fixed_alpha + 0 * alpha    # rho must get a gradient, if only 0
+            alpha = self.fixed_alpha + 0 * alpha    # several GPUs expect a gradient of rho
         return gate, alpha[:, :, None, None]
 
     def forward(self, x, c):
@@ -387,10 +387,10 @@ def fading(log_decay):
     exp(cumsum(a)[t] - cumsum(a)[s]) would lose digits: after a hundred decays of -60 the sums are
     large, and their difference errs by 5e-4 in float32. So each column is summed by itself.
     """
-    # exp(-1e4) is 0 even in float64, and -inf * 0 would be nan
+    # exp(-1e4) is 0 even in float64; -inf would meet the zeros of tril below, and make nan
     a, l = log_decay.clamp(min=-1e4).contiguous(), log_decay.shape[-1]
     column = a[..., None] * torch.ones(l, l, dtype=a.dtype, device=a.device).tril(-1)  # a_t, s < t
-    return column.cumsum_(column.dim() - 2).exp_()    # Core ML takes no axis -2
+    return column.cumsum_(column.dim() - 2).exp_()    # not -2, for Core ML
 
 
 def write_state(x, log_decay, Bm):
@@ -438,7 +438,7 @@ def carry_states(states, log_decay, initial):
     if pad := -k % span:
         states, log_decay = F.pad(states, (0, 0, 0, pad)), F.pad(log_decay, (0, pad))
     states, log_decay = (v.unflatten(2, (-1, span)) for v in (states, log_decay))
-    # At each of a span's borders: S, what its chunks have left; since, the decays from its start
+    # At each border in a span (row 0: its start): S, if it began empty; since, the decays up to it
     decay = F.pad(fading(log_decay).tril(), (0, 0, 1, 0))           # (b, h, spans, span + 1, span)
     since = F.pad(log_decay, (1, 0)).cumsum(3)[..., None]           # (b, h, spans, span + 1, 1)
     S = decay @ states                                              # (b, h, spans, span + 1, m)
@@ -473,7 +473,7 @@ def ssd_chunked(x, log_decay, Bm, Cm, initial_state=None, chunk_size=None):
     # 1. Every chunk as if it were a sequence, by itself, and 2. the state that it leaves behind.
     y, states = ssd_quadratic(x, log_decay, Bm, Cm)               # (b k, q, h, p), (b k, h, p, n)
 
-    # 3. The state that enters each chunk. n before p, as write_state made it: no copy if h is g.
+    # 3. The state that enters each chunk. n before p, as write_state laid it out.
     states = states.unflatten(0, (b, k)).permute(0, 2, 1, 4, 3).flatten(3)         # (b, h, k, n p)
     per_chunk = log_decay.sum(1).view(b, k, h).transpose(1, 2)                     # (b, h, k)
     initial = torch.zeros_like(states[:, :, :1]) if initial_state is None else (
@@ -483,7 +483,7 @@ def ssd_chunked(x, log_decay, Bm, Cm, initial_state=None, chunk_size=None):
     entering = entering.unflatten(3, (n, p)).permute(0, 2, 1, 4, 3).flatten(0, 1)  # (b k, h, p, n)
 
     # 4. What each token reads from the state that entered its chunk.
-    y = read_state(Cm, entering.to(x.dtype), log_decay) + y    # a sum is laid out as its first
+    y = read_state(Cm, entering.to(x.dtype), log_decay) + y    # laid out as the first
     return y.reshape(b, k * q, h, p)[:, :l].to(x.dtype), final_state.view(b, h, n, p).mT
 
 
@@ -552,7 +552,7 @@ class Mamba2(nn.Module):
 
 
 # What mixes the tokens of a model: name -> class, made as cls(dim, d_state=, expand=, headdim=),
-# mapping (b, l, dim) to the same shape. "none" returns its input: it tells what mixing is worth.
+# mapping (b, l, dim) to the same shape. "none" returns its input, for comparison.
 MIXERS = {"mamba2": Mamba2, "none": nn.Identity}
 
 
@@ -561,8 +561,8 @@ MIXERS = {"mamba2": Mamba2, "none": nn.Identity}
 #
 # §5 reads a sequence, but a picture has none: some order must be chosen. Reading row after row, as
 # a page, jumps from the end of each row to the start of the next. A zigzag turns round instead, so
-# that consecutive tokens are always neighbours. On one path a token hears only what came before
-# it; so blocks take turns with eight, from each corner along rows or columns, or average a few.
+# that consecutive tokens are always neighbours. But a token hears only what came before it on its
+# path. So there are eight, from each corner by rows or columns: blocks take turns, or average two.
 #
 # order[i] is the raster index of the cell that is visited i-th: tokens[:, order] lays the cells
 # along the path. The other reading, "when is cell i visited", is its inverse. They are easily
@@ -665,7 +665,7 @@ class UNetBlock(nn.Module):
         super().__init__()
         self.norm_cfc, self.norm_mix, self.norm_ff = (AdaLN(dim, cond_dim) for _ in range(3))
         self.cfc = ParallelCfC(dim, cond_dim, kernel_size, expand, alpha)
-        self.gain = nn.Parameter(torch.full((dim, 1, 1), 0.5))    # at 0 the CfC would not learn
+        self.gain = nn.Parameter(torch.full((dim, 1, 1), 0.5))    # at 0 the CfC would start late
         self.mix = SpatialMix(dim, kernel_size)
         self.ff = nn.Sequential(
             nn.Conv2d(dim, expand * dim, 1), nn.SiLU(), nn.Conv2d(expand * dim, dim, 1))
@@ -677,7 +677,7 @@ class UNetBlock(nn.Module):
 
 
 class SkipFusion(nn.Module):
-    """Joins the way up, x, with what the way down left, skip, by a gate that c opens."""
+    """x, on the way up, and skip, from the way down, (B, dim, H, W), joined by a gate of c."""
 
     def __init__(self, dim, cond_dim):
         super().__init__()
@@ -693,7 +693,7 @@ class LiquidUNet(nn.Module):
     """A U-Net of convolutional CfC blocks: x (B, C, H, W), t (B,), y (B,) or None -> x's shape.
 
     channels and blocks list the stages from fine to coarse, two extra blocks lie at the bottom.
-    ValueError unless every side is a multiple of 2^(stages - 1). The output is zero at first.
+    ValueError if one is longer, or unless 2^(stages - 1) divides each side. The output starts at 0.
     """
 
     block = UNetBlock
@@ -719,13 +719,13 @@ class LiquidUNet(nn.Module):
         pairs = list(itertools.pairwise(channels))                    # (fine, coarse)
         self.down = nn.ModuleList(nn.Conv2d(f, c, 3, stride=2, padding=1) for f, c in pairs)
         self.bottom = stage(channels[-1], 2)
-        self.decoder = nn.ModuleList(map(stage, channels, blocks))    # used from coarse to fine
+        self.decoder = nn.ModuleList(map(stage, channels, blocks))    # coarsest first
         self.up = nn.ModuleList(nn.Conv2d(c, f, 3, padding=1) for f, c in pairs)
         self.fuse = nn.ModuleList(SkipFusion(dim, cond_dim) for dim in channels[:-1])
         self.norm = AdaLN(channels[0], cond_dim)
         # Answer 0 at first: then the first loss is known (§11)
         self.head = zeroed(nn.Conv2d(channels[0], in_channels, 3, padding=1))
-        # A share of x itself, set by c: c_skip in Karras et al. (2022). Token models lose by it
+        # A share of x, set by c: c_skip of Karras et al. (2022). Token models did worse with it
         self.direct = zeroed(nn.Linear(cond_dim, in_channels))
 
     def forward(self, x, t, y=None):
@@ -768,14 +768,14 @@ def to_grid(tokens, height, width):
 
 
 class TokenCfC(nn.Module):
-    """gain * ParallelCfC: u (b, l, dim), c (b, cond_dim) -> (b, l, dim); 0 where expand is 0."""
+    """gain * ParallelCfC: u (b, l, dim), c (b, cond_dim) -> (b, l, dim); expand 0: no CfC."""
 
     def __init__(self, dim, cond_dim, grid, kernel_size, expand, alpha):
         super().__init__()
         self.grid = grid
         self.cfc = ParallelCfC(dim, cond_dim, kernel_size, expand, alpha) if expand else None
         if expand:
-            self.gain = nn.Parameter(torch.full((dim,), 0.5))     # at 0 the CfC would not learn
+            self.gain = nn.Parameter(torch.full((dim,), 0.5))     # at 0 the CfC would start late
 
     def forward(self, u, c):
         if self.cfc is None:
@@ -829,7 +829,7 @@ class MambaBlock(nn.Module):
 class Overview(nn.Module):
     """One look at the whole picture: tokens (b, l, dim) in raster order -> the same shape.
 
-        x = x + write(resize(mix(v))),   v = resize(read(norm(x))), 8 numbers in 8 x 8 cells
+        x = x + write(repeat(mix(v))),   v = average(read(norm(x))), 8 numbers in 8 x 8 cells
 
     A scan passes on what it remembers, a convolution reaches its neighbours; in a small model
     neither brings the far ends of a shape together. mix is a network of `units` over all 8 * 64
@@ -870,8 +870,8 @@ class LiquidPatch(nn.Module):
         size = sides(image_size)
         P = patch_size or max(self.least_patch, min(size) // self.most_cells)
         if any(side % P for side in size):
-            raise ValueError(f"image size {image_size}: each side must be a multiple of the patch "
-                             f"size, {P} (squares of side {self.most_cells}, or a multiple, work)")
+            raise ValueError(f"image size {image_size}: the patch size, {P}, must divide each side "
+                             f"(squares of side {math.lcm(patch_size or 1, self.most_cells)} work)")
         self.patch_size, self.grid = P, (size[0] // P, size[1] // P)
         orders = choose("scan", scan, SCANS)(*self.grid)
         make_mixer = choose("mixer", mixer, MIXERS)
@@ -882,7 +882,7 @@ class LiquidPatch(nn.Module):
         self.rows = nn.Parameter(0.02 * torch.randn(dim, self.grid[0], 1))
         self.columns = nn.Parameter(0.02 * torch.randn(dim, 1, self.grid[1]))
         self.stem = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
-        # Each block reads along one path. In steps of 13 (prime: any number of paths gets its turn)
+        # Each block reads along one path. In steps of 13 (prime: all get a turn, if not 13 n paths)
         # they go 0 5 2 7 4 1 6 3: the first four from four corners, rows and columns in turn.
         self.blocks = nn.ModuleList(
             self.block(dim, cond_dim, self.grid,
@@ -959,7 +959,7 @@ def create_model(arch, variant, image_size, in_channels=3, num_classes=0, **over
     """A model by name; model.config rebuilds it: create_model(**model.config).
 
     image_size: the side of x itself (of the latent, for latents), an int or (H, W). overrides:
-    any keyword of the model's class or block. ValueError, saying what is allowed, for all else.
+    any keyword of its class or block. ValueError for names, values and sizes that cannot be.
     """
     model_class = choose("arch", arch, ARCHS)
     options = {**choose(f"variant of {arch}", variant, VARIANTS[arch]), **overrides}
@@ -997,8 +997,8 @@ def create_model(arch, variant, image_size, in_channels=3, num_classes=0, **over
 # not at all, so one class holds them.
 #
 # What loss to expect? A new network answers 0, so its first velocity loss is the mean square of
-# noise - x0, 1 + E[x0^2], and its first noise loss is 1. Neither can fall to 0: one noisy picture
-# belongs to many clean ones, and the best answer is their mean.
+# noise - x0, 1 + E[x0^2] (noise knows nothing of x0, so no cross term), and its first noise loss is
+# 1. Neither can fall to 0: a noisy picture belongs to many clean ones; the best answer is a mean.
 
 class Process:
     """What processes share. t is (B,) in [0, 1], x0, noise and x_t are (B, C, H, W).
@@ -1112,11 +1112,11 @@ PROCESSES = {"flow": RectifiedFlow, "diffusion": VPDiffusion}
 #
 # They must not speak too loudly. x0_hat at high noise is rightly a blur, the mean of all pictures
 # that it could be; to ask it for sharp gradients is to ask for a worse answer. So every picture is
-# weighted by alpha(t)^2, and the terms are warmed up.
+# weighted by alpha(t)^2, the power of the picture in x_t, and the terms are warmed up.
 
 def picture_mean(x):
     """(B, ...) -> (B,): the mean over all but the first axis; 0 where there is nothing."""
-    return full(x).flatten(1).sum(1) / max(x[0].numel(), 1)
+    return full(x).flatten(1).sum(1) / max(x.shape[1:].numel(), 1)
 
 
 def total_variation(x):
@@ -1152,7 +1152,7 @@ def intensity_loss(p, q):
     """(mean p - mean q)^2 for each channel, averaged: two (B, C, H, W) -> (B,).
 
     Rewards keeping the amount of light of each colour, the conserved quantity. Bias: none in the
-    best x0_hat: it has the right mean already, which only counts for more.
+    best x0_hat, which has the right mean already; the mean only counts for more than it did.
     """
     return picture_mean((p.mean((2, 3)) - q.mean((2, 3))).square())
 
@@ -1164,7 +1164,7 @@ def spectral_loss(p, q):
     noise of the right strength satisfies it. The 1e-4 keeps empty frequencies from dominating.
     """
     def log_power(x):
-        return torch.log(torch.fft.rfft2(full(x)).abs().square() / x[0, 0].numel() + 1e-4)
+        return torch.log(torch.fft.rfft2(full(x)).abs().square() / x.shape[2:].numel() + 1e-4)
 
     return picture_mean((log_power(p) - log_power(q)).square())
 
@@ -1235,7 +1235,7 @@ def guided(model, x, t, y, cfg_scale):
     """The network's answer for x (B, C, H, W) at t (B,), with classifier-free guidance.
 
     unconditional + cfg_scale * (conditional - unconditional): scale 1 is exactly the conditional
-    model and 0 the unconditional one, with one pass each; others run both in one batch. Source:
+    model and 0 the unconditional one, one pass each; others run both (of a model, at once). Source:
     Ho & Salimans (2022), "Classifier-Free Diffusion Guidance"; their w is cfg_scale - 1.
     """
     if y is None or cfg_scale == 0:
@@ -1282,7 +1282,7 @@ def euler_sample(model, process, noise, steps, y=None, cfg_scale=1.0, callback=N
 
 @torch.no_grad()
 def heun_sample(model, process, noise, steps, y=None, cfg_scale=1.0, callback=None):
-    """The same by Heun steps, the explicit trapezoidal rule (two calls of the model each)."""
+    """As euler_sample, but by Heun steps, the explicit trapezoidal rule (two calls each)."""
     x = noise
     for i, t, s in walk(process, steps, ["velocity"]):
         velocity = guided(model, x, everywhere(t, x), y, cfg_scale)
@@ -1314,7 +1314,7 @@ def ddim_sample(model, process, noise, steps, y=None, cfg_scale=1.0, callback=No
         x0_hat, noise_hat = process.split(x, everywhere(t, x), output)
         if clip is not None:
             x0_hat = x0_hat.clamp(-clip, clip)
-            noise_hat = (x - alpha[i] * x0_hat) / sigma[i]
+            noise_hat = (x - alpha[i] * x0_hat) / sigma[i]    # both must still add up to x
         if callback:
             callback(i, x, x0_hat)
         added = sigma[i] ** 2 - (alpha[i] / alpha[i + 1] * sigma[i + 1]) ** 2
@@ -1359,7 +1359,7 @@ class EMA:
 def write_whole(path, fill):
     """fill(file), on a temporary file that is then renamed: all of the new file, or the old one."""
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")
     try:
         with open(temporary, "wb") as file:
             fill(file)
@@ -1372,7 +1372,7 @@ def write_whole(path, fill):
 
 def save_checkpoint(path, state):
     """Saves a state of tensors, numbers, strings, lists and dicts, whole or not at all."""
-    whole = io.BytesIO()    # torch.save tells of a full disk in riddles; a plain write does not
+    whole = io.BytesIO()    # torch.save reports a full disk obscurely, a plain write plainly
     torch.save(state, whole)
     write_whole(path, lambda file: file.write(whole.getbuffer()))
 
@@ -1387,7 +1387,7 @@ def load_checkpoint(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: there is no such file") from None
-    except (IsADirectoryError, PermissionError):
+    except (IsADirectoryError, NotADirectoryError, PermissionError):
         raise
     except Exception as error:    # noqa: BLE001 - torch reports damage as many different types
         raise ValueError(f"{path}: refused ({type(error).__name__}): it is damaged, cut short, or "
@@ -1400,7 +1400,7 @@ def load_checkpoint(path):
 # A 512-pixel picture has 786,432 numbers; most of them can be guessed from the others. An
 # autoencoder keeps an eighth of each side: the generator then works on latents of 64 x 64, and the
 # decoder paints the detail back. TAESD is one that is small enough to read: 3x3 convolutions, 64
-# wide, 2.4 million weights. Its own [0, 1] for pictures stays inside the class.
+# wide, 2.4 to 2.7 million weights. Its own [0, 1] for pictures stays inside the class.
 
 TAESD_URL = ("https://raw.githubusercontent.com/madebyollin/taesd/"
              "5cccb12dc72074a4be35680c3b108548a7c69978")

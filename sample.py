@@ -28,7 +28,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from torchvision.utils import make_grid
 
 from liquidflow import (
     PROCESSES,
@@ -36,23 +35,24 @@ from liquidflow import (
     TAESD_FILES,
     ParallelCfC,
     create_model,
-    load_checkpoint,
     sides,
     total_variation,
     write_whole,
 )
 from train import (
-    CHECKPOINT_VERSION,
     DATASETS,
     SAMPLER_OF,
     TEST_SEED,
     Parser,
     Progress,
+    check_same_pictures,
     decoded,
     duration,
     fit_picture,
+    grid_picture,
     guarded,
     held_out_split,
+    load_state,
     load_taesd,
     number,
     pick_device,
@@ -78,12 +78,7 @@ def load_model(path, device):
     ValueError or FileNotFoundError, naming the file, where it is missing, damaged, of another
     version, or not a run's checkpoint at all.
     """
-    state = load_checkpoint(path)
-    if not isinstance(state, dict) or "version" not in state:
-        raise ValueError(f"{path}: not a checkpoint of train.py")
-    if state["version"] != CHECKPOINT_VERSION:
-        raise ValueError(f"{path}: written by another version of train.py (its checkpoints are of "
-                         f"version {state['version']}, this program reads {CHECKPOINT_VERSION})")
+    state = load_state(path)
     try:
         model = create_model(**state["config"])
         model.load_state_dict(state["ema"])
@@ -103,7 +98,7 @@ def draw_noise(n, shape, seed):
 
 
 def wanted(args, classes, data):
-    """What to draw, (n,) numbers of classes, and how many of them make a row of the grid, or None.
+    """What to draw, (n,) numbers of classes, and how many of them make a row of the grid.
 
     A row of each --label, or of every class. For --evaluate as many of each class as there are
     among the held-out pictures of data. ValueError for a class that there is not.
@@ -130,22 +125,15 @@ def draw(model, process, sampler, noise, y, args, picture_of, watch):
     parts, pictures = noise.split(args.batch_size), []
     labels = [None] * len(parts) if y is None else y.split(args.batch_size)
     progress = Progress("step", args.steps * len(parts))
-    for i, (part, wanted) in enumerate(zip(parts, labels)):
+    for i, (part, told) in enumerate(zip(parts, labels)):
         def report(step, x_t, x0_hat, before=i * args.steps):
             progress(before + step + 1)
             watch(step, x_t, x0_hat)
 
-        drawn = sampler(model, process, part, args.steps, wanted, callback=report)
+        drawn = sampler(model, process, part, args.steps, told, callback=report)
         pictures.append(picture_of(drawn))
     progress.close()
     return torch.cat(pictures)
-
-
-def grid_picture(pictures, columns=None):
-    """Pictures (n, 3, H, W) in [-1, 1] -> one PIL image, as square a grid as can be if None."""
-    grid = make_grid(pictures, nrow=columns or math.ceil(math.sqrt(len(pictures))), normalize=True,
-                     value_range=(-1, 1))
-    return Image.fromarray((grid * 255).round().byte().permute(1, 2, 0).numpy())
 
 
 def reconstruct(args, device):
@@ -280,8 +268,8 @@ def data_of(state, args, device):
     ValueError if it is not there any more, has changed, or has fewer than --evaluate held-out
     pictures.
     """
-    old, count = argparse.Namespace(**state["args"]), state["pictures"]
-    held_out = len(held_out_split(count, TEST_SEED)[1])
+    old = argparse.Namespace(**state["args"])
+    held_out = len(held_out_split(state["pictures"], TEST_SEED)[1])
     if args.evaluate > held_out:
         raise ValueError(f"--evaluate {args.evaluate}: the run has {held_out} held-out pictures to "
                          "compare with, and as many samples are drawn")
@@ -290,9 +278,7 @@ def data_of(state, args, device):
         raise ValueError(f"there is no folder {old.data_dir}: tell with --data_dir where the "
                          "pictures lie that the run was trained on")
     data = DATASETS[old.dataset](old, device)
-    if len(data) != count:
-        raise ValueError(f"the run was trained with {count} pictures, and here are {len(data)}: it "
-                         "is not known which of them were held out")
+    check_same_pictures(state, data)
     return data
 
 
@@ -518,12 +504,12 @@ def unpacked(data, suffix):
 
 
 @torch.no_grad()
-def export(path, model, process, taesd, latents):
+def export(path, model, process, taesd, state):
     """Writes a model, and beside it the decoder of its latents, for programs without this code.
 
-    path ends in .onnx or .pt2. Before a file is written, what will be in it is read back and must
-    answer as the model does, for 1 and for 5 pictures. ValueError if it does not, if torch is too
-    old to export the model, or if a package that .onnx needs is missing.
+    path ends in .onnx or .pt2; state: the model's checkpoint. Before a file is written, what will be
+    in it is read back and must answer as the model does, for 1 and for 5 pictures. ValueError if it
+    does not, if torch is too old to export the model, or if a package that .onnx needs is missing.
     """
     suffix = path.suffix.lower()
     try:
@@ -532,7 +518,7 @@ def export(path, model, process, taesd, latents):
     except ImportError as error:
         raise ValueError(f"--export {path}: {error}; pip install onnx onnxscript onnxruntime, or "
                          "export a .pt2, which needs none of them") from None
-    classes = model.config["num_classes"]
+    latents, classes = state["latents"], model.config["num_classes"]
     shape = model.config["in_channels"], *sides(model.config["image_size"])
 
     def example(n):
@@ -570,6 +556,9 @@ def export(path, model, process, taesd, latents):
     for target, data, line in made:
         write_whole(target, lambda file, data=data: file.write(data))
         print(line)
+    if classes:
+        known = (f"{i} {name}" for i, name in enumerate((*state["classes"], "any")))
+        print(f"y: {', '.join(known)}")
     if process.predicts == "noise":
         limit = sampler_options("ddim", latents)["clip"]
         print(f"for DDIM: the largest |x0| that is believed is {limit:.4f}")
@@ -580,7 +569,8 @@ def parse_arguments(argv=None):
     parser = Parser(description="Draw pictures with a trained LiquidFlow model.")
     add = parser.add_argument
     add("--ckpt", help="a checkpoint; the newest below runs/ if not given")
-    add("--n", type=number(int, 1), default=36, help="how many pictures")
+    add("--n", type=number(int, 1), default=36,
+        help="how many pictures; with labels rounded up, to rows of the same length")
     add("--batch_size", type=number(int, 1), default=64, help="how many at once")
     add("--steps", type=number(int, 1), default=50, help="more is better and slower")
     add("--sampler", choices=SAMPLERS, help="euler for flows and ddim for diffusion if not given")
@@ -632,16 +622,21 @@ def run(args):
                                  or not Path(path).parent.is_dir()):
             raise ValueError(f"{path!r}: give a file ending in {' or '.join(suffixes)}, in a "
                              "folder that exists")
+    files = [Path(path).resolve() for path in (args.out, args.gates) if path]
+    if len(files) > len(set(files)):
+        raise ValueError(f"--gates {args.gates}: is where --out goes; give it another name")
     device = pick_device("cpu" if args.export else args.device)    # a file would remember which
     if args.reconstruct:
         return reconstruct(args, device)
     path = args.ckpt or newest_checkpoint()
     model, process, state = load_model(path, device)
     latents = state["latents"]
+    if args.taesd_dir and not latents:
+        raise ValueError(f"--taesd_dir is for models of latents; {path} draws pixels")
     taesd = load_taesd(latents["name"], args.taesd_dir or state["args"].get("taesd_dir"),
                        device) if latents else None
     if args.export:
-        return export(Path(args.export), model, process, taesd, latents)
+        return export(Path(args.export), model, process, taesd, state)
 
     def picture_of(x):
         """What the model drew -> pictures (n, 3, H, W) on the CPU."""
@@ -673,8 +668,8 @@ def run(args):
     sampler = functools.partial(SAMPLERS[name], **options)
     with Gates(model, args.steps) if args.gates else contextlib.nullcontext() as gates:
         def watch(step, x_t, x0_hat):
-            if args.gif and sum(map(len, frames[step])) < shown:
-                frames[step].append(picture_of(x_t))
+            if args.gif and (missing := shown - sum(map(len, frames[step]))) > 0:
+                frames[step].append(picture_of(x_t[:missing]))
             if args.gates:
                 gates.note(step, x0_hat, picture_of)
 
@@ -685,7 +680,7 @@ def run(args):
     seconds = time.time() - start
     print(f"{args.out}: {count} pictures in {duration(seconds)} ({count / seconds:.1f} a second)")
     if args.gif:
-        images = [grid_picture(torch.cat(frame)[:shown], columns) for frame in frames] + [grid]
+        images = [grid_picture(torch.cat(frame), columns) for frame in frames] + [grid]
         times = [max(20, 3000 // args.steps)] * args.steps + [2000]    # ms; rest on the last
         write_whole(args.gif, lambda file: images[0].save(
             file, "GIF", save_all=True, append_images=images[1:], duration=times, loop=0))

@@ -637,6 +637,7 @@ def test_nano_is_nano(arch):
     (("gan", "nano", 32), {}, "patch, unet, mamba"), (("patch", "huge", 32), {}, "nano, tiny"),
     (("unet", "nano", 30), {}, "multiple of 4"), (("unet", "nano", 17), {}, "multiple of 4"),
     (("patch", "tiny", 33), {}, "side 32"), (("patch", "tiny", 100), {}, "side 32"),
+    (("patch", "nano", 32), {"patch_size": 5}, "side 160"),
     (("mamba", "tiny", 39), {}, "side 16"), (("patch", "nano", 0), {}, "positive"),
     (("patch", "nano", (32, 32, 32)), {}, "positive"), (("patch", "nano", 32), {"wings": 2}, "dim"),
     (("patch", "nano", 32), {"dim": "wide"}, "int"),
@@ -1825,7 +1826,9 @@ def test_an_exported_file_is_the_model(
         warnings.simplefilter("error")
         sample.main(["--ckpt", "ckpt.pt", "--export", f"model{suffix}"])
     captured = capsys.readouterr()
-    assert captured.err == "" and captured.out.count("\n") == (3 if taesd else 1)
+    classes = "y: 0 a, 1 b, 2 c, 3 any" in captured.out
+    assert captured.err == "" and classes == ("num_classes" in options)
+    assert captured.out.count("\n") == (3 if taesd else 1 + classes)
     files = [Path(f"model{suffix}"), Path(f"model-decoder{suffix}")][:2 if taesd else 1]
     answers = [reader(path) for path in files]
     for n in (1, 2, 3, 8):
@@ -2113,10 +2116,13 @@ def test_resume_refuses_what_would_be_another_run(tmp_path, monkeypatch, capsys)
     assert Path("run/ckpt.pt").read_bytes() == before and len(rows("run/log.csv")) == 1
     with open("run/log.csv", "a") as file:    # a machine that lost its power in the middle of a row
         file.write("1,0.5,0.")
+    Path("run/ckpt.pt.0.tmp").touch()         # or of a save
     train.main([*options, "--steps", "3", "--log_every", "1"])
     assert [row["step"] for row in rows("run/log.csv")] == ["2", "3"]
     Path("run/ckpt.pt").unlink()              # and one that was taken before it saved anything
+    Path("run/ckpt.pt.1.tmp").touch()
     train.main([*options, "--steps", "2"])
+    assert {path.name for path in Path("run").iterdir()} == {"ckpt.pt", "log.csv", "samples"}
     assert "nothing was saved yet" in capsys.readouterr().out
     assert same_bits(lf.load_checkpoint("run/ckpt.pt")["model"],
                      torch.load(io.BytesIO(before), weights_only=True)["model"])
@@ -2132,7 +2138,8 @@ def test_what_cannot_begin_leaves_what_it_would_replace(photographs, tmp_path, m
             (["--amp", "fp16"], ["--amp fp16"]), (["--compile"], ["--compile"]),
             (["--grad_accum", "3"], ["--grad_accum 3"]), (["--override", "depth=-1"], ["depth"]),
             (["--dataset", "folder"], ["--data_dir"]), (["--taesd_dir", "x"], ["--latents"]),
-            (["--dataset", "folder", "--data_dir", "."], ["inside --data_dir ."])):
+            (["--dataset", "folder", "--data_dir", "."], ["inside --data_dir ."]),
+            (["--dataset", "folder", "--data_dir", "run/samples"], ["inside --data_dir run/"])):
         refused(train.main, [*SMALL, "--out", "run", "--overwrite", *flags], capsys, *words)
     assert before == {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
 
@@ -2224,7 +2231,11 @@ def test_the_network_is_told_what_nine_in_ten_pictures_show(tmp_path, monkeypatc
     state = lf.load_checkpoint(tmp_path / "run" / "ckpt.pt")
     assert state["config"]["num_classes"] == 3 and state["classes"] == ["a", "b", "c"]
     capsys.readouterr()
-    refused(train.main, [*options, "--resume", "--steps", 300], capsys, "--labels True")
+    refused(train.main, [*options, "--resume", "--steps", 300], capsys, "--labels:")
+    loose = next((tmp_path / "pictures" / "c").iterdir())
+    shutil.copy(loose, tmp_path / "pictures")
+    refused(train.main, [*options, "--out", tmp_path / "b", "--labels"], capsys, "not all")
+    (tmp_path / "pictures" / loose.name).unlink()
     shutil.rmtree(tmp_path / "pictures" / "b")
     shutil.rmtree(tmp_path / "pictures" / "c")
     refused(train.main, [*options, "--out", tmp_path / "b", "--labels"], capsys, "sub-folders")
@@ -2457,7 +2468,7 @@ def refused(main, arguments, capsys, *words):
     (["--override", "dim"], ["key=value"]), (["--override", "wings=2"], ["wings", "dim"]),
     (["--override", "dim=wide"], ["dim"]), (["--override", "arch=unet"], ["option"]),
     (["--lr", "inf"], ["--lr"]), (["--process", "magic"], ["flow"]),
-    (["--image_size", "33"], ["33", "multiple"]), (["--grad_accum", "5"], ["--grad_accum"]),
+    (["--image_size", "33"], ["33", "divide"]), (["--grad_accum", "5"], ["--grad_accum"]),
     (["--device", "warp"], ["warp"]), (["--dataset", "folder"], ["--data_dir"]),
     (["--dataset", "folder", "--data_dir", "nowhere"], ["nowhere"]), (["--what"], ["--what"])])
 def test_train_refuses_in_one_line_and_leaves_nothing(
@@ -2485,6 +2496,7 @@ def test_train_keeps_what_is_there(tmp_path, monkeypatch, capsys, trained):
     (["--seed", "-1"], ["--seed"]),
     (["--ckpt", "none.pt"], ["none.pt"]), (["--out", "nowhere/a.png"], ["nowhere"]),
     (["--out", "a.doc"], [".png"]), (["--gif", "a.png"], [".gif"]), (["--out", ""], [".png"]),
+    (["--gates", "samples.png"], ["--out"]), (["--taesd_dir", "here"], ["latents"]),
     (["--gates", "a.gif"], ["a.gif", ".png"]), (["--gates", "nowhere/a.png"], ["nowhere"]),
     (["--evaluate", "0"], ["--evaluate"]), (["--data_dir", "here"], ["--evaluate"]),
     (["--reconstruct", "a.png", "--evaluate", "9"], ["--reconstruct"]),
@@ -2715,8 +2727,11 @@ def test_evaluate_finds_its_pictures_again_or_says_so(photographs, tmp_path, mon
     monkeypatch.setattr(train, "IN_MEMORY", 0)    # read while it is compared
     sample.main([*arguments, "--data_dir", str(photographs)])
     assert table_of(capsys.readouterr().out) == table
+    picture = next(photographs.rglob("*.png"))
+    picture.parent.rename(photographs / "other")    # would come in another order
+    refused(sample.main, [*arguments, "--data_dir", photographs], capsys, "classes", "other")
     next(photographs.rglob("*.png")).unlink()
-    refused(sample.main, [*arguments, "--data_dir", photographs], capsys, "24", "23", "held out")
+    refused(sample.main, [*arguments, "--data_dir", photographs], capsys, "24", "23")
 
 
 def test_latents_are_evaluated_as_pictures(photographs, tmp_path, monkeypatch, capsys):

@@ -38,7 +38,7 @@ import torchvision
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import ConcatDataset, DataLoader, Subset
-from torchvision.utils import save_image
+from torchvision.utils import make_grid
 
 from liquidflow import (
     ARCHS,
@@ -54,12 +54,13 @@ from liquidflow import (
     load_checkpoint,
     save_checkpoint,
     sides,
+    write_whole,
 )
 
 CHECKPOINT_VERSION = 4      # raised whenever what a checkpoint holds changes its meaning
 LABEL_DROPOUT = 0.1         # of the labels are hidden, so that the model also learns to do without
 HELD_OUT = 512              # pictures that are never trained on (half, of a set below 1,024)
-TEST_SEED = 0               # chooses them and their noise: runs on the same pictures compare
+TEST_SEED = 0               # chooses them, their noise, and what --max_images keeps, in every run
 EPOCH_OF_SHAPES = 50_000    # pictures
 LATENTS_FROM = 64           # pixels; smaller pictures have latents of less than 8x8
 IN_MEMORY = 2 * 2**30       # bytes of pictures; a larger data set is read while it is trained on
@@ -70,7 +71,8 @@ WORKERS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity"
 PROCESS_OF = {"patch": "flow", "unet": "flow", "mamba": "diffusion"}
 SAMPLER_OF = {"velocity": "euler", "noise": "ddim"}
 
-# Training defaults. A high rate teaches a small model most per minute; larger ones want a lower.
+# Training defaults. A high rate teaches a small model most per minute (measured: see the README);
+# larger ones want a lower one, and theirs are the customary values.
 DEFAULTS = {
     "nano": {"steps": 3600, "batch_size": 32, "lr": 8e-3},
     "tiny": {"steps": 20_000, "batch_size": 64, "lr": 1e-3},
@@ -196,8 +198,8 @@ def hsv(hue, saturation, value):
 class Shapes(DataSet):
     """The built-in data set: one shape on a two-colour gradient, drawn when it is asked for.
 
-    Every picture is a function of 12 numbers in [0, 1), drawn once from the seed, so that picture i
-    is always the same picture, at any size and on any device. A shape is given by a signed
+    Every picture is a function of its label and 12 numbers in [0, 1), drawn once from count and
+    seed, so that picture i is always the same, at any size, on any device. A shape is a signed
     distance d(u, v), negative inside, in a frame in which its size is 1; coverage goes from 0 to
     1 within one pixel around d = 0, which makes the edges smooth.
     """
@@ -269,8 +271,8 @@ def fit_picture(image, size):
     """
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        grey = np.asarray(image, dtype=np.float32)    # "I" may hold 8 or 16 bits: look
-        scale = 257 if grey.max() > 255 else 1
+        grey = np.asarray(image, dtype=np.float32)    # "I" and "F" may hold 8 or 16 bits: look
+        scale = 257 if image.mode.startswith("I;16") or grey.max() > 255 else 1
         image = Image.fromarray((grey / scale).clip(0, 255).astype(np.uint8))
     if image.mode in ("P", "PA", "LA", "La", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -419,14 +421,14 @@ def lsun(root, fit):
 
 
 def listing(source, root):
-    """What may change in a folder: a hash of its pictures' names, sizes and dates, if it has any.
+    """What may change in a folder: a hash of its pictures' names, sizes and dates, or LSUN's keys.
 
-    Archives have none: their checksums have been checked.
+    Archives have nothing of the kind: their checksums have been checked.
     """
-    paths = getattr(source, "paths", [])
-    lines = [f"{path.relative_to(root)} {stat.st_size} {stat.st_mtime_ns}"
-             for path, stat in ((path, path.stat()) for path in paths)]
-    return hashlib.sha1("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
+    lines = [f"{path.relative_to(root)} {stat.st_size} {stat.st_mtime_ns}".encode(
+             errors="surrogateescape")
+             for path, stat in ((path, path.stat()) for path in getattr(source, "paths", []))]
+    return hashlib.sha1(b"\n".join(lines + getattr(source, "keys", []))).hexdigest()
 
 
 def stored(make, side=math.inf, package=None, files=None):
@@ -618,6 +620,13 @@ def decoded(x, taesd, latents):
         return x
     mean, std = latents["mean"].to(x.device), latents["std"].to(x.device)
     return torch.cat([taesd.decode(part * std + mean) for part in x.split(8)])    # memory
+
+
+def grid_picture(pictures, columns=None):
+    """Pictures (n, 3, H, W) in [-1, 1] -> one PIL picture, as square a grid as can be if None."""
+    grid = make_grid(pictures, nrow=columns or math.ceil(math.sqrt(len(pictures))), normalize=True,
+                     value_range=(-1, 1))
+    return Image.fromarray((grid * 255).round().byte().permute(1, 2, 0).numpy())
 
 
 def sampler_options(name, latents):
@@ -864,11 +873,11 @@ class Log:
             with open(path, newline="") as file:    # a row that a power cut has torn is dropped
                 kept = [row for row in csv.DictReader(file)
                         if row["images_per_s"] and int(row["step"]) <= since]
-        with open(f"{path}.tmp", "w", newline="") as file:
-            rows = csv.DictWriter(file, names)
-            rows.writeheader()
-            rows.writerows(kept)
-        os.replace(f"{path}.tmp", path)
+        text = io.StringIO()
+        rows = csv.DictWriter(text, names)
+        rows.writeheader()
+        rows.writerows(kept)
+        write_whole(path, lambda file: file.write(text.getvalue().encode()))
         self.path, self.names = path, names
 
     def reset(self):
@@ -964,19 +973,19 @@ class Stop:
 
     def __enter__(self):
         self.signal = None
-        self.before = {number: signal.signal(number, self.ask)
-                       for number in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {which: signal.signal(which, self.ask)
+                       for which in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *exception):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        for which, handler in self.before.items():
+            signal.signal(which, handler)
 
-    def ask(self, number, frame):
+    def ask(self, which, frame):
         """The handler; a second SIGINT ends the program at once."""
-        if self.signal == signal.SIGINT == number:
+        if self.signal == signal.SIGINT == which:
             raise KeyboardInterrupt
-        self.signal = number
+        self.signal = which
 
 
 def random_state(device, state=None):
@@ -1007,6 +1016,27 @@ def typed(name, value):
     return f"--{name}" if value is True else f"--{name} {value}"
 
 
+def load_state(path):
+    """A checkpoint of train.py. ValueError or FileNotFoundError, naming it, if it is not one."""
+    state = load_checkpoint(path)
+    if not isinstance(state, dict) or "version" not in state:
+        raise ValueError(f"{path}: not a checkpoint of train.py")
+    if state["version"] != CHECKPOINT_VERSION:
+        raise ValueError(f"{path}: written by another version of train.py (its checkpoints are of "
+                         f"version {state['version']}, this program reads {CHECKPOINT_VERSION})")
+    return state
+
+
+def check_same_pictures(state, data):
+    """ValueError if a checkpoint's run had other pictures, or held out others, than data has."""
+    if state["pictures"] != len(data):
+        raise ValueError(f"the run was started with {state['pictures']} pictures, and here are "
+                         f"{len(data)}")
+    if list(state["classes"]) != list(data.classes):
+        raise ValueError(f"the run was started with the classes {', '.join(state['classes'])}, "
+                         f"and here are {', '.join(data.classes)}")
+
+
 def load_run(args):
     """The checkpoint in --out, if it is of a run with these arguments; ValueError that names those
     that differ. None if a run was begun there, but nothing was saved yet.
@@ -1015,9 +1045,7 @@ def load_run(args):
     if not path.exists() and (path.parent / "log.csv").exists():
         print(f"{path.parent}: nothing was saved yet; starting from the beginning")
         return None
-    state = load_checkpoint(path)
-    if not isinstance(state, dict) or state.get("version") != CHECKPOINT_VERSION:
-        raise ValueError(f"{path}: not a checkpoint of this version of train.py")
+    state = load_state(path)
     differ = [name for name, value in vars(args).items()
               if name not in MAY_CHANGE and state["args"].get(name) != value]
     if differ:
@@ -1028,14 +1056,10 @@ def load_run(args):
 
 def check_goes_on(state, args, data):
     """ValueError if a run's checkpoint does not fit its data, or has had all its steps."""
+    check_same_pictures(state, data)
     was, now = state["latents"], data.latents
-    if state["pictures"] != len(data):
-        raise ValueError(f"the run in {args.out} was started with {state['pictures']} pictures, "
-                         f"not {len(data)}")
-    if args.labels and list(state["classes"]) != list(data.classes):
-        raise ValueError(f"the run in {args.out} was started with the classes "
-                         f"{', '.join(state['classes'])}, and here are {', '.join(data.classes)}")
-    if now and not torch.allclose(was["mean"], now["mean"], atol=0.01):
+    if now and (was["mean"].shape != now["mean"].shape
+                or not torch.allclose(was["mean"], now["mean"], atol=0.01)):
         raise ValueError(f"the run in {args.out} was started with other latents: other pictures, "
                          "or other weights of the autoencoder")
     if state["step"] >= args.steps:
@@ -1070,9 +1094,6 @@ def train(args, model, network, data, taesd, precision, stop, state=None):
     ema, physics = EMA(model, args.ema), PhysicsLoss(args.physics)
     out, device = Path(args.out), precision.device
     first = restore(state, model, ema, optimizer, precision) if state else 0
-    if state and not RANK:
-        for leftover in out.glob("ckpt.pt.*.tmp"):    # of a save that was killed
-            leftover.unlink()
     # Every process takes grad_accum parts of a batch, one after the other
     mine = torch.arange(args.batch_size).chunk(WORLD * args.grad_accum)[RANK::WORLD]
     classes = model.config["num_classes"]    # labels: 0 ... classes - 1; classes itself is hidden
@@ -1107,8 +1128,8 @@ def train(args, model, network, data, taesd, precision, stop, state=None):
         name = SAMPLER_OF[process.predicts]
         options = sampler_options(name, data.latents)
         drawn = SAMPLERS[name](ema.model, process, sample_noise, 50, sample_labels, **options)
-        save_image(decoded(drawn, taesd, data.latents), out / "samples" / f"step_{step:06d}.png",
-                   nrow=6, normalize=True, value_range=(-1, 1))
+        grid = grid_picture(decoded(drawn, taesd, data.latents).cpu())
+        write_whole(out / "samples" / f"step_{step:06d}.png", lambda file: grid.save(file, "PNG"))
         return held_out_loss(
             ema.model, process, lambda part: (data[held_out[part]], labels(held_out[part])),
             test_noise, min(128, max(32, len(mine[0]))))
@@ -1268,8 +1289,8 @@ def run(args):
     if old and not args.overwrite and not args.resume and not RANK:
         raise ValueError(f"{out} already holds a run: --resume goes on with it, --overwrite "
                          "replaces it, another --out leaves it alone")
-    pictures = Path(args.data_dir or os.devnull).resolve()
-    if args.dataset == "folder" and out.resolve().is_relative_to(pictures):
+    if args.dataset == "folder" and args.data_dir and (
+            (out / "samples").resolve().is_relative_to(Path(args.data_dir).resolve())):
         raise ValueError(f"--out {out} is inside --data_dir {args.data_dir}: the run would train "
                          "on its own samples")
     if args.batch_size % (WORLD * args.grad_accum):
@@ -1299,12 +1320,12 @@ def run(args):
     data = first_come_first(lambda: DATASETS[args.dataset](args, device))
     if len(data) < 2:
         raise ValueError("one picture is too few: one is held out, and none is left to train on")
-    if args.labels and len(data.classes) < 2:
-        raise ValueError(f"--labels: the pictures of --dataset {args.dataset} have no classes; "
+    if args.labels and (len(data.classes) < 2 or "" in data.classes):
+        raise ValueError(f"--labels: not all pictures of --dataset {args.dataset} have a class; "
                          "those of a folder are its sub-folders, two or more")
     if taesd:
-        latents = first_come_first(lambda: cached_latents(data, taesd, args, device))
-        data = Latents(latents, data, args.latents, device)
+        data = Latents(first_come_first(lambda: cached_latents(data, taesd, args, device)),
+                       data, args.latents, device)
     model = make_model(num_classes=len(data.classes) if args.labels else 0).to(device)
     network = torch.compile(model) if args.compile else model    # it shares the model's weights
     training = len(held_out_split(len(data), TEST_SEED)[0])
@@ -1313,7 +1334,8 @@ def run(args):
     if state:
         check_goes_on(state, args, data)
     (out / "samples").mkdir(parents=True, exist_ok=True)
-    for path in [] if args.resume or RANK else old:
+    leftovers = [*out.glob("*.tmp"), *out.glob("samples/*.tmp")]    # of a save that was killed
+    for path in [] if RANK else leftovers if args.resume else [*old, *leftovers]:
         path.unlink()
 
     cells = getattr(model, "grid", None)
@@ -1334,10 +1356,10 @@ def run(args):
           f"{out / 'ckpt.pt'}; next: python sample.py --ckpt {out / 'ckpt.pt'}")
 
 
-def guarded(run, args, smaller):
-    """run(args); what the user can mend is one line and exit code 2. smaller: to save memory."""
+def guarded(program, args, smaller):
+    """program(args); what a user can mend is a line and exit code 2. smaller: to save memory."""
     try:
-        run(args)
+        program(args)
     except (ValueError, OSError) as error:
         fail(error)
     except (RuntimeError, MemoryError) as error:
