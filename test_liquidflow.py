@@ -20,7 +20,6 @@ import os
 import pickle
 import random
 import re
-import resource
 import shutil
 import signal
 import socket
@@ -2934,6 +2933,7 @@ def one_step_memory(name, device):
         forward_backward(functions[name], scan_inputs(*SCANS[-1], device))()
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
+    import resource    # which Windows lacks
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
