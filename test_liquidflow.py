@@ -2933,7 +2933,7 @@ def one_step_memory(name, device):
         forward_backward(functions[name], scan_inputs(*SCANS[-1], device))()
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    import resource    # which Windows lacks
+    import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
