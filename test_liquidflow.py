@@ -754,7 +754,7 @@ def test_physics_terms_by_hand():
     assert lf.spectral_loss(flat, 0 * flat).item() == pytest.approx(expected)
 
 
-@given(seeds, st.integers(1, 3), st.integers(1, 8), st.integers(1, 8))
+@given(seeds, st.integers(0, 3), st.integers(1, 8), st.integers(1, 8))
 def test_physics_terms_are_per_picture_and_none_for_the_same_picture(seed, b, height, width):
     p, q = normal(seed, b, 3, height, width), normal(seed + 1, b, 3, height, width)
     for term in lf.PHYSICS.values():
@@ -993,8 +993,6 @@ def test_checkpoint_comes_back_as_it_was(tmp_path):
         assert_close(a, b, rtol=0, atol=0)
     assert found == {k: v for k, v in STATE.items() if k != "weights"}
     assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
-    with pytest.raises(FileNotFoundError, match="none.pt"):
-        lf.load_checkpoint(tmp_path / "none.pt")
 
 
 @settings(max_examples=150)
@@ -1030,6 +1028,15 @@ def test_code_in_a_checkpoint_is_not_executed(tmp_path, dump):
     with pytest.raises(ValueError, match="bomb.pt"):
         lf.TAESD.load(tmp_path / "bomb.pt", tmp_path / "bomb.pt")
     assert not (tmp_path / "executed").exists()
+
+
+def test_a_path_that_cannot_be_is_not_called_a_damaged_file(tmp_path):
+    (tmp_path / "file").touch()
+    for path, error in ((tmp_path / "none.pt", FileNotFoundError),
+                        (tmp_path / "file" / "c.pt", NotADirectoryError),
+                        (tmp_path, IsADirectoryError)):
+        with pytest.raises(error, match=path.name):
+            lf.load_checkpoint(path)
 
 
 @pytest.mark.parametrize("culprit", ["fsync", "replace"])
@@ -1243,6 +1250,11 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path, mode, suffix, left, right):
     for column, colour in ((3, left), (16, right)):
         if colour:
             assert (image[:, 10, column].int() - torch.tensor(colour)).abs().max() < 30
+
+
+def test_a_dark_picture_of_16_bits_stays_dark():
+    dark = train.fit_picture(Image.fromarray(np.full((8, 8), 200, dtype=np.uint16)), 8)
+    assert (dark == 0).all()    # 200 of 65,535
 
 
 def test_pictures_are_turned_upright(tmp_path):
@@ -1480,6 +1492,12 @@ def test_data_sets_are_read_from_their_original_files(name, tmp_path, monkeypatc
     worst = 3 if name in ("flowers102", "celeba") else 0    # JPEG
     assert (data.images.int() - pictures.int()).abs().max() <= worst
     assert torch.equal(data[i], data.images / 127.5 - 1)
+    assert data.key == load(name, tmp_path, size).key
+    if name == "lsun":    # the only one whose files have no checksum
+        database = next(tmp_path.glob("*_train_lmdb/data.mdb"))
+        contents = pickle.loads(database.read_bytes())
+        database.write_bytes(pickle.dumps({key + b"x": value for key, value in contents.items()}))
+        assert data.key != load(name, tmp_path, size).key
     monkeypatch.setattr(train, "IN_MEMORY", 3 * size**2 * len(labels))    # just fits
     assert isinstance(load(name, tmp_path, size), train.Pictures)
     monkeypatch.setattr(train, "IN_MEMORY", 3 * size**2 * len(labels) - 1)
@@ -2126,6 +2144,15 @@ def test_resume_refuses_what_would_be_another_run(tmp_path, monkeypatch, capsys)
     assert "nothing was saved yet" in capsys.readouterr().out
     assert same_bits(lf.load_checkpoint("run/ckpt.pt")["model"],
                      torch.load(io.BytesIO(before), weights_only=True)["model"])
+
+
+def test_resume_refuses_latents_of_another_width():
+    pictures = types.SimpleNamespace(labels=torch.zeros(2), classes=["a"])
+    data = train.Latents(normal(0, 4, 16, 2, 2, dtype=torch.float32), pictures, "taesd3", CPU)
+    state = {"pictures": 2, "classes": ["a"], "step": 0,
+             "latents": {"mean": torch.zeros(4, 1, 1)}}
+    with pytest.raises(ValueError, match="other latents"):
+        train.check_goes_on(state, types.SimpleNamespace(out="run", steps=1), data)
 
 
 def test_what_cannot_begin_leaves_what_it_would_replace(photographs, tmp_path, monkeypatch, capsys):
