@@ -1991,7 +1991,8 @@ def test_train_then_sample_as_a_user_does(tmp_path):
     code, out, err = script("sample.py", "--n", 5, "--steps", 4, "--gif", "path.gif", cwd=tmp_path)
     assert code == 0, err
     assert "samples.png" in out and Image.open(tmp_path / "samples.png").size == (56, 38)
-    assert Image.open(tmp_path / "path.gif").n_frames == 5
+    path = Image.open(tmp_path / "path.gif")
+    assert path.n_frames == 5 and path.size == Image.open(tmp_path / "samples.png").size
     first = (tmp_path / "samples.png").read_bytes()
     code, _, err = script("sample.py", "--n", 5, "--steps", 4, cwd=tmp_path)
     assert code == 0 and (tmp_path / "samples.png").read_bytes() == first, err
@@ -2319,6 +2320,8 @@ def test_a_row_of_pictures_for_every_label(tmp_path, monkeypatch, capsys, traine
     assert columns == 2 and np.abs(four - exact([3] * 4, 1.0)).max() < 1.5
     plain, _ = drawn("--n", "6")
     assert np.abs(plain - exact(range(6), 2.0)).max() < 1.5          # the default, as --help says
+    args = types.SimpleNamespace(label=["1", "0"], n=2)    # names before numbers
+    assert sample.wanted(args, ["1", "0"], None)[0].tolist() == [0, 1]
     refused(sample.main, ["--ckpt", "ckpt.pt", "--label", "cube"], capsys, "cube", "circle", "star")
     refused(sample.main, ["--ckpt", "ckpt.pt", "--label", "6"], capsys, "6", "circle")
     for wish in ("--label", "star"), ("--cfg", "2"):
