@@ -881,7 +881,7 @@ class LiquidPatch(nn.Module):
         # Where a token is: one vector for its row, one for its column
         self.rows = nn.Parameter(0.02 * torch.randn(dim, self.grid[0], 1))
         self.columns = nn.Parameter(0.02 * torch.randn(dim, 1, self.grid[1]))
-        self.stem = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.stem = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)     # a patch sees its neighbours
         # Each block reads along one path. In steps of 13 (prime: all get a turn, if not 13 n paths)
         # they go 0 5 2 7 4 1 6 3: the first four from four corners, rows and columns in turn.
         self.blocks = nn.ModuleList(
@@ -892,7 +892,7 @@ class LiquidPatch(nn.Module):
         self.overview = Overview(dim, self.grid, overview)            # used before block depth // 2
         self.skips = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(depth // 2))
         self.norm = AdaLN(dim, cond_dim)
-        self.refine = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.refine = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)   # and fits them at the seams
         self.head = zeroed(nn.Conv2d(dim, in_channels * P * P, 1))    # as in §8
 
     def forward(self, x, t, y=None):
