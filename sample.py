@@ -603,10 +603,13 @@ def parse_arguments(argv=None):
         parser.error("--latents and --image_size are for --reconstruct; a checkpoint has its own")
     if args.reconstruct and args.export:
         parser.error("--export needs a model, and --reconstruct has none")
-    samples = args.evaluate, args.gates, args.gif, args.label, args.cfg, args.eta or None
-    if (args.reconstruct or args.export) and any(value is not None for value in samples):
-        parser.error("--reconstruct and --export draw no samples: leave out --evaluate, --gates, "
-                     "--gif, --label, --cfg and --eta")
+    if args.reconstruct or args.export:
+        given = [f"--{name}" for name in ("n", "batch_size", "steps", "sampler", "label", "cfg",
+                                          "eta", "seed", "gif", "gates", "evaluate")
+                 if getattr(args, name) != parser.get_default(name)]
+        if given:
+            parser.error(f"--reconstruct and --export draw no samples: leave out "
+                         f"{', '.join(given)}")
     if args.evaluate and args.label:
         parser.error("--evaluate compares with pictures of all classes: leave out --label")
     if args.data_dir and not args.evaluate:

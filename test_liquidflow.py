@@ -2533,6 +2533,7 @@ def test_train_keeps_what_is_there(tmp_path, monkeypatch, capsys, trained):
     (["--evaluate", "0"], ["--evaluate"]), (["--data_dir", "here"], ["--evaluate"]),
     (["--reconstruct", "a.png", "--evaluate", "9"], ["--reconstruct"]),
     (["--reconstruct", "a.png", "--gates", "a.png"], ["--reconstruct"]),
+    (["--export", "a.pt2", "--n", "4", "--eta", "1"], ["leave out --n, --eta"]),
     (["--export", "a.pth"], [".onnx", ".pt2"]), (["--export", "nowhere/a.pt2"], ["nowhere"]),
     (["--export", "a.pt2", "--reconstruct", "a.png"], ["--export", "--reconstruct"]),
     (["--device", "warp"], ["warp"])])
