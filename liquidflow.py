@@ -483,7 +483,7 @@ def ssd_chunked(x, log_decay, Bm, Cm, initial_state=None, chunk_size=None):
     entering = entering.unflatten(3, (n, p)).permute(0, 2, 1, 4, 3).flatten(0, 1)  # (b k, h, p, n)
 
     # 4. What each token reads from the state that entered its chunk.
-    y = read_state(Cm, entering.to(x.dtype), log_decay) + y    # laid out as the first
+    y = read_state(Cm, entering.to(x.dtype), log_decay) + y    # laid out as its first term
     return y.reshape(b, k * q, h, p)[:, :l].to(x.dtype), final_state.view(b, h, n, p).mT
 
 

@@ -100,8 +100,9 @@ def draw_noise(n, shape, seed):
 def wanted(args, classes, data):
     """What to draw, (n,) numbers of classes, and how many of them make a row of the grid.
 
-    A row of each --label, or of every class. For --evaluate as many of each class as there are
-    among the held-out pictures of data. ValueError for a class that there is not.
+    A row of each --label, or of every class; None, where a square grid is better. For --evaluate
+    as many of each class as there are among the held-out pictures of data. ValueError for a class
+    that there is not.
     """
     if data:
         held_out = held_out_split(len(data), TEST_SEED)[1][:args.evaluate]
@@ -507,9 +508,9 @@ def unpacked(data, suffix):
 def export(path, model, process, taesd, state):
     """Writes a model, and beside it the decoder of its latents, for programs without this code.
 
-    path ends in .onnx or .pt2; state: the model's checkpoint. Before a file is written, what will be
-    in it is read back and must answer as the model does, for 1 and for 5 pictures. ValueError if it
-    does not, if torch is too old to export the model, or if a package that .onnx needs is missing.
+    path ends in .onnx or .pt2; state: the model's checkpoint. Before a file is written, what will
+    be in it is read back and must answer as the model does, for 1 and for 5 pictures. ValueError if
+    it does not, if torch is too old to export the model, or if a package of .onnx is missing.
     """
     suffix = path.suffix.lower()
     try:
@@ -625,8 +626,7 @@ def run(args):
                                  or not Path(path).parent.is_dir()):
             raise ValueError(f"{path!r}: give a file ending in {' or '.join(suffixes)}, in a "
                              "folder that exists")
-    files = [Path(path).resolve() for path in (args.out, args.gates) if path]
-    if len(files) > len(set(files)):
+    if args.gates and Path(args.gates).resolve() == Path(args.out).resolve():
         raise ValueError(f"--gates {args.gates}: is where --out goes; give it another name")
     device = pick_device("cpu" if args.export else args.device)    # a file would remember which
     if args.reconstruct:

@@ -754,7 +754,12 @@ def test_physics_terms_by_hand():
     assert lf.spectral_loss(flat, 0 * flat).item() == pytest.approx(expected)
 
 
-@given(seeds, st.integers(0, 3), st.integers(1, 8), st.integers(1, 8))
+def test_a_mean_over_nothing_is_0_and_of_no_pictures_none():
+    assert lf.picture_mean(torch.zeros(2, 3, 0)).tolist() == [0, 0]
+    assert lf.picture_mean(torch.zeros(0, 3, 4)).shape == (0,)
+
+
+@given(seeds, st.integers(1, 3), st.integers(1, 8), st.integers(1, 8))
 def test_physics_terms_are_per_picture_and_none_for_the_same_picture(seed, b, height, width):
     p, q = normal(seed, b, 3, height, width), normal(seed + 1, b, 3, height, width)
     for term in lf.PHYSICS.values():
@@ -2142,8 +2147,10 @@ def test_resume_refuses_what_would_be_another_run(tmp_path, monkeypatch, capsys)
     assert [row["step"] for row in rows("run/log.csv")] == ["2", "3"]
     Path("run/ckpt.pt").unlink()              # and one that was taken before it saved anything
     Path("run/ckpt.pt.1.tmp").touch()
+    Path("run/mine.tmp").touch()              # not of this program
     train.main([*options, "--steps", "2"])
-    assert {path.name for path in Path("run").iterdir()} == {"ckpt.pt", "log.csv", "samples"}
+    assert {path.name for path in Path("run").iterdir()} == {
+        "ckpt.pt", "log.csv", "samples", "mine.tmp"}
     assert "nothing was saved yet" in capsys.readouterr().out
     assert same_bits(lf.load_checkpoint("run/ckpt.pt")["model"],
                      torch.load(io.BytesIO(before), weights_only=True)["model"])

@@ -58,6 +58,7 @@ from liquidflow import (
 )
 
 CHECKPOINT_VERSION = 4      # raised whenever what a checkpoint holds changes its meaning
+RUN_FILES = "ckpt.pt", "log.csv", "samples/step_*.png"    # what a run writes into --out
 LABEL_DROPOUT = 0.1         # of the labels are hidden, so that the model also learns to do without
 HELD_OUT = 512              # pictures that are never trained on (half, of a set below 1,024)
 TEST_SEED = 0               # chooses them, their noise, and what --max_images keeps, in every run
@@ -72,7 +73,7 @@ PROCESS_OF = {"patch": "flow", "unet": "flow", "mamba": "diffusion"}
 SAMPLER_OF = {"velocity": "euler", "noise": "ddim"}
 
 # Training defaults. A high rate teaches a small model most per minute (measured: see the README);
-# larger ones want a lower one, and theirs are the customary values.
+# larger ones want a lower one, and theirs have not been tuned.
 DEFAULTS = {
     "nano": {"steps": 3600, "batch_size": 32, "lr": 8e-3},
     "tiny": {"steps": 20_000, "batch_size": 64, "lr": 1e-3},
@@ -1285,7 +1286,7 @@ def run(args):
     torch.empty(31 * 2**20, dtype=torch.uint8)
     device = pick_device(args.device)
     out = Path(args.out)
-    old = [path for name in ("ckpt.pt", "log.csv", "samples/step_*.png") for path in out.glob(name)]
+    old = [path for name in RUN_FILES for path in out.glob(name)]
     if old and not args.overwrite and not args.resume and not RANK:
         raise ValueError(f"{out} already holds a run: --resume goes on with it, --overwrite "
                          "replaces it, another --out leaves it alone")
@@ -1334,7 +1335,7 @@ def run(args):
     if state:
         check_goes_on(state, args, data)
     (out / "samples").mkdir(parents=True, exist_ok=True)
-    leftovers = [*out.glob("*.tmp"), *out.glob("samples/*.tmp")]    # of a save that was killed
+    leftovers = [path for name in RUN_FILES for path in out.glob(f"{name}.*.tmp")]    # of kills
     for path in [] if RANK else leftovers if args.resume else [*old, *leftovers]:
         path.unlink()
 
