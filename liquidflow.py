@@ -174,14 +174,14 @@ class AdaLN(nn.Module):
         self.modulation = nn.Sequential(nn.SiLU(), zeroed(nn.Linear(cond_dim, 2 * dim)))
 
     def forward(self, x, c):
-        scale, shift = full(self.modulation(c)).chunk(2, dim=-1)             # (B, dim) each
+        scale, shift = self.modulation(c).chunk(2, dim=-1)                   # (B, dim) each
         if x.dim() == 4:
             normed = F.group_norm(full(x), self.groups, eps=1e-6)
             scale, shift = scale[:, :, None, None], shift[:, :, None, None]
         else:
             normed = F.layer_norm(full(x), (self.dim,), eps=1e-6)
             scale, shift = scale[:, None], shift[:, None]
-        return torch.addcmul(shift, normed, 1 + scale)                       # x's shape
+        return normed.to(scale.dtype) * (1 + scale) + shift                  # x's shape
 
 
 # ------------------------------------------------------------------------------------------------
@@ -323,22 +323,29 @@ class ParallelCfC(nn.Module):
         """ts(c): (B, cond_dim) -> (B, dim), between 1/4 and 4."""
         return 4 ** torch.tanh(full(self.time(c)))
 
-    def gates(self, x, c, features=None):
-        """gate (B, dim, H, W), alpha (B, dim, 1, 1), in (0, 1); features: backbone(x), if known."""
-        f = self.f_head(self.backbone(x) if features is None else features)     # (B, dim, H, W)
+    def heads(self, x):
+        """f, and g and h before their tanh, (B, dim, H, W) each: three convolutions in one."""
+        heads = self.f_head, self.g_head, self.h_head
+        weight, bias = torch.cat([head.weight for head in heads]), torch.cat([h.bias for h in heads])
+        return F.conv2d(self.backbone(x), weight, bias).chunk(3, dim=1)
+
+    def gates(self, x, c, f=None):
+        """gate (B, dim, H, W), alpha (B, dim, 1, 1), in (0, 1); f: heads(x)[0], if known."""
+        f = self.heads(x)[0] if f is None else f                                # (B, dim, H, W)
         ts = self.liquid_time(c)                                                # (B, dim)
-        gate = torch.sigmoid(-(f * ts[:, :, None, None] + self.bias(c)[:, :, None, None]))
         alpha = torch.exp(-math.log(2) * 4 ** torch.tanh(self.rho) * ts)        # (B, dim)
         if self.fixed_alpha:
             alpha = self.fixed_alpha + 0 * alpha    # several GPUs expect a gradient of rho
-        return gate, alpha[:, :, None, None]
+        slope, offset = (-v.to(f.dtype)[:, :, None, None] for v in (ts, self.bias(c)))
+        gate = torch.sigmoid(f * slope + offset)    # -(f * ts + b), the sign where it costs nothing
+        return gate, alpha.to(x.dtype)[:, :, None, None]
 
     def forward(self, x, c):
-        features = self.backbone(x)                                   # (B, expand * dim, H, W)
-        gate, alpha = self.gates(x, c, features)
-        g, h = torch.tanh(self.g_head(features)), torch.tanh(self.h_head(features))
-        cfc = torch.lerp(full(h), full(g), full(gate))            # gate * g + (1 - gate) * h
-        return torch.lerp(cfc, full(x), alpha)                    # alpha * x + (1 - alpha) * cfc
+        f, g, h = self.heads(x)
+        gate, alpha = self.gates(x, c, f)
+        g, h = torch.tanh(g), torch.tanh(h)
+        cfc = h + gate * (g - h)                                  # gate * g + (1 - gate) * h
+        return alpha * x + (1 - alpha) * cfc
 
 
 # ------------------------------------------------------------------------------------------------
@@ -381,110 +388,91 @@ def ssd_sequential(x, log_decay, Bm, Cm, initial_state=None):
     return torch.stack(y, dim=1).to(dtype), state
 
 
-def fading(log_decay):
-    """(..., l) -> (..., l, l): entry [t, s] = exp(a_{s+1} + ... + a_t), 1 for s > t.
+def product(a, b):
+    """a @ b in at least float32, also under autocast: for sums of exponents, and of states."""
+    with torch.autocast(a.device.type, enabled=False):
+        return full(a) @ full(b)
 
-    exp(cumsum(a)[t] - cumsum(a)[s]) would lose digits: after a hundred decays of -60 the sums are
-    large, and their difference errs by 5e-4 in float32. So each column is summed by itself.
+
+def fading(a):
+    """Decays from log decays a (..., l): between tokens (..., l, l), since the start, to the end.
+
+        between[t, s] = exp(a_{s+1} + ... + a_t), 1 for s >= t
+        since[t] = exp(a_1 + ... + a_t),   to_end[s] = exp(a_{s+1} + ... + a_l)     (..., l) each
+
+    A product with triangles of ones picks the terms, j <= t and j > s, and adds numbers of one
+    sign, which loses no digits. sum[t] - sum[s] would: after a hundred decays of -60 these running
+    sums are near -6000, where float32 numbers are 5e-4 apart, and exp would be wrong by as much.
     """
-    # exp(-1e4) is 0 even in float64; -inf would meet the zeros of tril below, and make nan
-    a, l = log_decay.clamp(min=-1e4).contiguous(), log_decay.shape[-1]
-    column = a[..., None] * torch.ones(l, l, dtype=a.dtype, device=a.device).tril(-1)  # a_t, s < t
-    return column.cumsum_(column.dim() - 2).exp_()    # not -2, for Core ML
+    ones = torch.ones(a.shape[-1], a.shape[-1], dtype=a.dtype, device=a.device)
+    upto, after = ones.tril(), ones.tril(-1)                 # [t, j]: 1 if j <= t; [j, s]: if j > s
+    sums = product(a[..., None, :] * upto, after), product(a, upto.mT), product(a, after)
+    return [v.exp() for v in sums]
 
 
-def write_state(x, log_decay, Bm):
-    """The state that tokens leave behind, each faded by the decays after it: (b, h, p, n)."""
-    b, l, g, _ = Bm.shape
-    after = F.pad(log_decay[:, 1:], (0, 0, 0, 1)).flip(1).cumsum(1).flip(1)  # a_{s+1} + ... + a_l
-    faded = (x * after.exp().to(x.dtype)[..., None]).reshape(b, l, g, -1)          # (b, l, g, r p)
-    state = Bm.permute(0, 2, 3, 1) @ faded.transpose(1, 2)                         # (b, g, n, r p)
-    return state.unflatten(3, (-1, x.shape[3])).permute(0, 1, 3, 4, 2).flatten(1, 2)
-
-
-def read_state(Cm, state, log_decay):
-    """What tokens read of a state (b, h, p, n) that entered from the left: (b, l, h, p)."""
-    g, p = Cm.shape[2], state.shape[2]
-    state = state.unflatten(1, (g, -1)).permute(0, 1, 4, 2, 3).flatten(3)          # (b, g, n, r p)
-    y = (Cm.transpose(1, 2) @ state).transpose(1, 2).unflatten(3, (-1, p)).flatten(2, 3)
-    return y * log_decay.cumsum(1).exp().to(y.dtype)[..., None]
-
-
-def ssd_quadratic(x, log_decay, Bm, Cm, initial_state=None):
-    """The dual form: the masked (l, l) matrix M, times x. All tokens at once, cost l^2."""
-    log_decay = full(log_decay)
-    decay = fading(log_decay.transpose(1, 2)).to(x.dtype)                          # (b, h, l, l)
-    scores = (Cm.transpose(1, 2) @ Bm.permute(0, 2, 3, 1)).tril()    # masks M; (b, g, l, l)
-    M = scores[:, :, None] * decay.unflatten(1, (Bm.shape[2], -1))                 # (b, g, r, l, l)
-    y = (M.flatten(1, 2) @ x.transpose(1, 2)).transpose(1, 2)                      # (b, l, h, p)
-    state = full(write_state(x, log_decay, Bm))                                    # (b, h, p, n)
-    if initial_state is not None:
-        y = read_state(Cm, initial_state.to(x.dtype), log_decay) + y
-        state = state + log_decay.sum(1).exp()[..., None, None] * initial_state
-    return y.to(x.dtype), state
-
-
-def carry_states(states, log_decay, initial):
+def carry_states(states, log_decay, initial=None):
     """The recurrence between chunks: what enters each, and what leaves the last.
 
-        entering_{j+1} = exp(log_decay_j) * entering_j + states_j,   entering_0 = initial
+        entering_{j+1} = exp(log_decay_j) * entering_j + states_j,   entering_0 = initial, or 0
 
-    states (b, h, k, m), m = n p, log_decay (b, h, k), initial (b, h, 1, m); the results likewise.
-    Each span of 16 chunks is one product with the matrix of its decays. What enters each span is
-    the same question one level up, where spans are chunks: cost linear in k.
+    states (..., k, m), log_decay (..., k), initial (..., 1, m); the results likewise. It is the
+    masked product of M once more, 16 chunks at a time, and so the cost is linear in k.
     """
-    k = states.shape[2]
-    span = min(k, 16)
-    if pad := -k % span:
-        states, log_decay = F.pad(states, (0, 0, 0, pad)), F.pad(log_decay, (0, pad))
-    states, log_decay = (v.unflatten(2, (-1, span)) for v in (states, log_decay))
-    # At each border in a span (row 0: its start): S, if it began empty; since, the decays up to it
-    decay = F.pad(fading(log_decay).tril(), (0, 0, 1, 0))           # (b, h, spans, span + 1, span)
-    since = F.pad(log_decay, (1, 0)).cumsum(3)[..., None]           # (b, h, spans, span + 1, 1)
-    S = decay @ states                                              # (b, h, spans, span + 1, m)
-    if k > span:
-        initial, _ = carry_states(S[:, :, :, -1], since[:, :, :, -1, 0], initial)
-    S = torch.addcmul(S, since.exp(), initial[:, :, :, None])
-    return S[:, :, :, :-1].flatten(2, 3)[:, :, :k], S[:, :, -1, -1:]
+    entering, one = [], states.shape[-2] <= 16               # the usual one is not split: no copies
+    for S, a in [(states, log_decay)] if one else zip(
+            states.split(16, -2), log_decay.split(16, -1)):
+        between, since, _ = fading(a)                        # a row lower: before this chunk's own
+        S_in = product(F.pad(between.tril(), (0, 0, 1, -1)), S)                     # (..., 16, m)
+        if initial is not None:
+            S_in = S_in + product(F.pad(since, (1, -1), value=1)[..., None], initial)
+        initial = a[..., -1:, None].exp() * S_in[..., -1:, :] + S[..., -1:, :]
+        entering.append(S_in.to(states.dtype))
+    return entering[0] if one else torch.cat(entering, -2), initial
 
 
 def ssd_chunked(x, log_decay, Bm, Cm, initial_state=None, chunk_size=None):
-    """The fast form: quadratic inside a chunk, states carried between chunks; cost linear in l.
+    """The fast form: matrices inside the chunks, states between them; cost linear in l.
 
     chunk_size >= 1 (else ValueError) changes the result by rounding only. None: uncut up to 64
     tokens, else a power of 2, from 16 up, near sqrt(p n): M of a chunk is as large as a state.
     """
     b, l, h, p = x.shape
-    n, log_decay = Bm.shape[3], full(log_decay)
+    g, n, dtype = *Bm.shape[2:], x.dtype
     default = max(64 if l <= 64 else 16, 2 ** round(math.log2(p * n) / 2))
-    q = default if chunk_size is None else chunk_size
+    q = min(l, default if chunk_size is None else chunk_size)
     if q < 1:
         raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
-    if l <= q:
-        return ssd_quadratic(x, log_decay, Bm, Cm, initial_state)
 
-    # Pad to whole chunks. Decay 1 and input 0 leave a state as it is, so padding is exact.
-    k, pad = math.ceil(l / q), -l % q
-    if pad:
-        x, Bm, Cm = (F.pad(v, (0, 0, 0, 0, 0, pad)) for v in (x, Bm, Cm))
-        log_decay = F.pad(log_decay, (0, 0, 0, pad))
-    x, log_decay, Bm, Cm = (v.reshape(b * k, q, *v.shape[2:]) for v in (x, log_decay, Bm, Cm))
+    def chunks(v):           # (b, l, h, m) -> (b, g, r, k, q, m), or r = 1 from (b, l, g, m)
+        # Pad to whole chunks: decay 1 and input 0 leave a state as it is, so padding is exact
+        v = F.pad(v, (0, 0, 0, 0, 0, -l % q)) if l % q else v
+        v = v.unflatten(1, (-1, q)).unflatten(3, (g, -1)).permute(0, 3, 4, 1, 2, 5)
+        return v.contiguous()                         # or every product below makes a copy
 
-    # 1. Every chunk as if it were a sequence, by itself, and 2. the state that it leaves behind.
-    y, states = ssd_quadratic(x, log_decay, Bm, Cm)               # (b k, q, h, p), (b k, h, p, n)
+    x, Bm, Cm = chunks(x), chunks(Bm), chunks(Cm)
+    a = chunks(full(log_decay)[..., None]).squeeze(-1)              # (b, g, r, k, q)
+    a = a.clamp(min=-750)    # exp(-750) is 0 even in float64; -inf times a 0 would be nan
+    between, since, to_end = fading(a)
+    since, to_end = (v.to(dtype)[..., None] for v in (since, to_end))
 
-    # 3. The state that enters each chunk. n before p, as write_state laid it out.
-    states = states.unflatten(0, (b, k)).permute(0, 2, 1, 4, 3).flatten(3)         # (b, h, k, n p)
-    per_chunk = log_decay.sum(1).view(b, k, h).transpose(1, 2)                     # (b, h, k)
-    initial = torch.zeros_like(states[:, :, :1]) if initial_state is None else (
-        full(initial_state).mT.flatten(2)[:, :, None])                             # (b, h, 1, n p)
-    with torch.autocast(x.device.type, enabled=False):    # cumulated, so not in half precision
-        entering, final_state = carry_states(states, per_chunk, initial)
-    entering = entering.unflatten(3, (n, p)).permute(0, 2, 1, 4, 3).flatten(0, 1)  # (b k, h, p, n)
+    # 1. Every chunk as if it were a sequence by itself: M, times x.
+    M = (Cm @ Bm.mT).tril() * between.to(dtype)                     # (b, g, r, k, q, q)
+    y = M @ x                                                       # (b, g, r, k, q, p)
+    # 2. The state that each leaves behind, and 3. what enters each.
+    states = (Bm * to_end).mT @ x                                   # (b, g, r, k, n, p)
+    if initial_state is not None:
+        initial_state = full(initial_state).mT.reshape(b, g, -1, 1, n * p)
+    entering, final = carry_states(states.flatten(-2), a.sum(-1), initial_state)
+    # 4. What the tokens read of that.
+    if l > q or initial_state is not None:
+        y = y + (Cm * since) @ entering.unflatten(-1, (n, p))
+    y = y.permute(0, 3, 4, 1, 2, 5).reshape(b, -1, h, p)[:, :l]
+    return y.to(dtype), final.view(b, h, n, p).mT
 
-    # 4. What each token reads from the state that entered its chunk.
-    y = read_state(Cm, entering.to(x.dtype), log_decay) + y    # laid out as its first term
-    return y.reshape(b, k * q, h, p)[:, :l].to(x.dtype), final_state.view(b, h, n, p).mT
+
+def ssd_quadratic(x, log_decay, Bm, Cm, initial_state=None):
+    """The dual form: one chunk, so the masked (l, l) matrix M, times x. Cost l^2."""
+    return ssd_chunked(x, log_decay, Bm, Cm, initial_state, chunk_size=x.shape[1])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -536,19 +524,25 @@ class Mamba2(nn.Module):
     def forward(self, u):
         d_inner, d_bc, nheads, conv_dim = self.sizes
         z, xBC, dt = self.in_proj(u).split([d_inner, conv_dim, nheads], dim=-1)    # (b, l, ...)
-        # Padded on the left only, so causal. conv2d, since it takes channels last without a copy.
-        xBC = F.pad(xBC, (0, 0, self.conv1d.kernel_size[0] - 1, 0)).transpose(1, 2)[:, :, None]
-        xBC = F.conv2d(xBC, self.conv1d.weight[:, :, None], self.conv1d.bias, groups=conv_dim)
-        x, Bm, Cm = F.silu(xBC[:, :, 0].transpose(1, 2)).split([d_inner, d_bc, d_bc], dim=-1)
+        # Padded by d_conv - 1 and cut off on the right, so causal. conv2d, since it takes channels
+        # last without a copy.
+        xBC = F.conv2d(xBC.transpose(1, 2)[:, :, None], self.conv1d.weight[:, :, None],
+                       self.conv1d.bias, padding=(0, self.conv1d.kernel_size[0] - 1),
+                       groups=conv_dim).squeeze(2)[..., :u.shape[1]]
+        x, Bm, Cm = F.silu(xBC.transpose(1, 2)).split([d_inner, d_bc, d_bc], dim=-1)
         x = x.unflatten(-1, (nheads, self.headdim))                                 # (b, l, h, p)
         Bm, Cm = (v.unflatten(-1, (self.ngroups, -1)) for v in (Bm, Cm))            # (b, l, g, n)
 
         dt = F.softplus(full(dt) + self.dt_bias)                                    # (b, l, h)
         log_decay = -dt * torch.exp(full(self.A_log))                               # (b, l, h) <= 0
-        y, _ = ssd_chunked((x * dt[..., None]).to(x.dtype), log_decay, Bm, Cm,
-                           chunk_size=self.chunk_size)
-        y = y + x * self.D[:, None]                                                 # (b, l, h, p)
-        return self.out_proj(self.norm(full(y.flatten(2)) * F.silu(full(z))))
+        dt, D = dt.to(x.dtype), self.D.to(x.dtype)
+        y, _ = ssd_chunked(dt[..., None] * x, log_decay, Bm, Cm, chunk_size=self.chunk_size)
+        y = (D[:, None] * x + y).flatten(2) * F.silu(z)                             # (b, l, h p)
+        # out_proj(RMSNorm(y)), RMSNorm(y) = weight * y / sqrt(mean(y^2) + eps). The root, a number
+        # a token, divides what comes out; out_proj takes the weight. A norm is summed in float32.
+        norm = full(torch.linalg.vector_norm(y, dim=-1, keepdim=True))              # (b, l, 1)
+        scale = torch.rsqrt(norm.square() / d_inner + self.norm.eps)
+        return F.linear(y, self.norm.weight * self.out_proj.weight) * scale.to(y.dtype)
 
 
 # What mixes the tokens of a model: name -> class, made as cls(dim, d_state=, expand=, headdim=),
@@ -610,7 +604,8 @@ class Scan(nn.Module):
         b, l, d = u.shape
         sequences = u.index_select(1, self.order).view(b * self.paths, l, d)
         mixed = self.mixer(sequences).reshape(b, self.paths * l, d)
-        return mixed.index_select(1, self.inverse).view(b, self.paths, l, d).mean(1)
+        mixed = mixed.index_select(1, self.inverse).view(b, self.paths, l, d)
+        return mixed.mean(1) if self.paths > 1 else mixed.squeeze(1)          # a mean of one copies
 
 
 # ------------------------------------------------------------------------------------------------
@@ -780,7 +775,7 @@ class TokenCfC(nn.Module):
     def forward(self, u, c):
         if self.cfc is None:
             return torch.zeros_like(u)
-        return self.gain * to_tokens(self.cfc(to_grid(u, *self.grid), c))
+        return self.gain.to(u.dtype) * to_tokens(self.cfc(to_grid(u, *self.grid), c))
 
 
 class PatchBlock(nn.Module):
@@ -800,7 +795,7 @@ class PatchBlock(nn.Module):
 
     def forward(self, x, c):
         u = self.norm_mix(x, c)
-        x = x + self.scan(u) + self.cfc(u, c)
+        x = x + (self.scan(u) + self.cfc(u, c))
         return x + self.ff(self.norm_ff(x, c))
 
 
@@ -905,7 +900,7 @@ class LiquidPatch(nn.Module):
                 x = self.overview(x)
             skip = i - (len(self.blocks) - len(self.skips))           # >= 0 in the second half
             if skip >= 0:
-                x = self.skips[skip](torch.cat([x, first_half.pop()], dim=-1))
+                x = full(self.skips[skip](torch.cat([x, first_half.pop()], dim=-1)))
             x = block(x, c)
             if i < len(self.skips):
                 first_half.append(x)

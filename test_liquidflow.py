@@ -516,6 +516,100 @@ def test_models_keep_shape_start_at_zero_and_rebuild_from_their_config(arch, siz
     assert torch.equal(model(x, t, y), twin(x, t, y)) and model(x, t, y).abs().max() > 0
 
 
+def named(*rows):
+    """{name: shape} of a state_dict from rows (names, *shape); {a,b} in names is each of them.
+
+    A + at the end of names stands for .weight, of that shape, and .bias, of its first number.
+    """
+    shapes = {}
+    for names, *shape in rows:
+        names, many = names.rstrip("+"), re.split(r"\{(.*?)\}", names.rstrip("+"))
+        for choice in itertools.product(*(part.split(",") for part in many[1::2])):
+            name = "".join(a + b for a, b in itertools.zip_longest(many[::2], choice, fillvalue=""))
+            if (names + "+", *shape) in rows:
+                shapes |= {name + ".weight": tuple(shape), name + ".bias": (shape[0],)}
+            else:
+                shapes[name] = tuple(shape)
+    return shapes
+
+
+def cfc_rows(name, d):
+    return [(name + ".rho", d), (name + ".backbone.0+", d, 1, 3, 3), (name + ".backbone.1+", d, d, 1, 1),
+            (name + ".{f_head,g_head,h_head}+", d, d, 1, 1), (name + ".{time,bias}+", d, 64)]
+
+
+def unet_rows(name, d):
+    return [(name + ".gain", d, 1, 1), (name + ".{norm_cfc,norm_mix,norm_ff}.modulation.1+", 2 * d, 64),
+            *cfc_rows(name + ".cfc", d), (name + ".mix.local+", d, 1, 3, 3),
+            (name + ".mix.whole+", d, d, 1, 1), (name + ".mix.merge+", d, 2 * d, 1, 1),
+            (name + ".ff.{0,2}+", d, d, 1, 1)]
+
+
+CONDITION = [("condition.time.mlp.0+", 256, 64), ("condition.time.mlp.2+", 64, 256),
+             ("condition.label.weight", 3, 64)]
+TOKENS = [
+    *CONDITION, ("stem+", 96, 1, 3, 3), ("blocks.{0,1,2}.norm_mix.modulation.1+", 192, 64),
+    ("blocks.{0,1,2}.scan.mixer.{dt_bias,A_log,D}", 2),
+    ("blocks.{0,1,2}.scan.mixer.in_proj.weight", 226, 96),
+    ("blocks.{0,1,2}.scan.mixer.conv1d+", 128, 1, 4),
+    ("blocks.{0,1,2}.scan.mixer.norm.weight", 96),
+    ("blocks.{0,1,2}.scan.mixer.out_proj.weight", 96, 96), ("overview.norm+", 96),
+    ("overview.read+", 8, 96), ("overview.mix.0+", 256, 512), ("overview.mix.2+", 512, 256),
+    ("overview.write+", 96, 8), ("skips.0+", 96, 192), ("norm.modulation.1+", 192, 64),
+    ("refine+", 96, 1, 3, 3)]
+NANO_SHAPES = {
+    "patch": named(
+        *TOKENS, ("rows", 96, 8, 1), ("columns", 96, 1, 8), ("embed+", 96, 3, 4, 4),
+        ("blocks.{0,1,2}.norm_ff.modulation.1+", 192, 64), ("blocks.{0,1,2}.cfc.gain", 96),
+        *cfc_rows("blocks.{0,1,2}.cfc.cfc", 96), ("blocks.{0,1,2}.ff.0+", 192, 96),
+        ("blocks.{0,1,2}.ff.2+", 96, 192), ("head+", 48, 96, 1, 1)),
+    "mamba": named(
+        *TOKENS, ("rows", 96, 16, 1), ("columns", 96, 1, 16), ("embed+", 96, 3, 2, 2),
+        ("blocks.{0,1,2}.{norm_in,norm_out}.modulation.1+", 192, 64),
+        ("blocks.{0,1,2}.{cfc_in,cfc_out}.gain", 96),
+        *cfc_rows("blocks.{0,1,2}.{cfc_in,cfc_out}.cfc", 96), ("head+", 12, 96, 1, 1)),
+    "unet": named(
+        *CONDITION, ("stem.0+", 16, 3, 3, 3), ("stem.2+", 16, 16, 3, 3),
+        *unet_rows("{encoder,decoder}.0.0", 16), *unet_rows("{encoder,decoder}.1.0", 48),
+        *unet_rows("{encoder,decoder}.2.0", 96), *unet_rows("bottom.{0,1}", 96),
+        ("down.0+", 48, 16, 3, 3), ("down.1+", 96, 48, 3, 3), ("up.0+", 16, 48, 3, 3),
+        ("up.1+", 48, 96, 3, 3), ("fuse.0.merge+", 16, 32, 1, 1), ("fuse.0.gate+", 16, 64),
+        ("fuse.1.merge+", 48, 96, 1, 1), ("fuse.1.gate+", 48, 64), ("norm.modulation.1+", 32, 64),
+        ("head+", 3, 16, 3, 3), ("direct+", 3, 64)),
+}
+# What the first release drew with the weights and the noise of the test below: pixel (5, 7)
+DRAWN = {
+    "patch": [-1.41745327893, -1.04754355472, 2.5482181113,
+              -0.202903228924, -1.77651643914, 2.89005429611],
+    "unet": [2.90009003466, 3.5378448904, -5.37508297054,
+             2.38172803404, 1.49601971803, 0.266237420403],
+    "mamba": [-755.928451152, 662.720134877, 19.3323332464,
+              -154.923344635, 611.462720924, 290.227090471],
+}
+
+
+@pytest.mark.parametrize("arch", lf.ARCHS)
+def test_weights_keep_their_names_and_shapes(arch):
+    weights = lf.create_model(arch, "nano", 32, num_classes=2).state_dict()
+    assert {name: tuple(value.shape) for name, value in weights.items()} == NANO_SHAPES[arch]
+
+
+@pytest.mark.parametrize("arch", lf.ARCHS)
+def test_weights_of_an_earlier_release_draw_the_same_pictures(arch):
+    def waves(shape, step):    # no random generator, so the same with every torch
+        i = torch.arange(math.prod(shape), dtype=torch.float64)
+        return torch.cos(step * i**1.1).reshape(shape)
+
+    model = lf.create_model(arch, "nano", (16, 24), num_classes=2).double()
+    with torch.no_grad():
+        for i, (_, p) in enumerate(sorted(model.named_parameters())):
+            p.copy_(waves(p.shape, 0.7 + i / 100) * (2 / max(p[0].numel(), 4)) ** 0.5)
+    noise, process = waves((2, 3, 16, 24), 1.3), lf.PROCESSES[train.PROCESS_OF[arch]]()
+    draw = lf.SAMPLERS[train.SAMPLER_OF[process.predicts]]
+    drawn = draw(model, process, noise, 3, torch.tensor([0, 1]))[:, :, 5, 7].flatten()
+    assert_close(drawn, torch.tensor(DRAWN[arch], dtype=torch.float64), rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("arch", lf.ARCHS)
 def test_pictures_in_a_batch_do_not_hear_of_each_other(arch):
     model, x, t = tiny_model(arch, num_classes=2), normal(0, 3, 3, 16, 16), uniform(1, 3)
