@@ -1061,13 +1061,16 @@ class VPDiffusion(Process):
         beta = torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
         self.num_timesteps = num_timesteps
         self.alpha_bar = torch.cumprod(1 - beta, 0)    # in float64: a product of 1,000 factors
+        self.tables = {}       # its roots, as each device and precision needs them
 
     def alpha_sigma(self, t):
         """(sqrt(alpha_bar), sqrt(1 - alpha_bar)) at t, each (B,)."""
         t = full(t)
-        index = torch.round(t * (self.num_timesteps - 1)).long().to(self.alpha_bar.device)
-        alpha_bar = self.alpha_bar[index]
-        return tuple(v.sqrt().to(t.dtype).to(t.device) for v in (alpha_bar, 1 - alpha_bar))
+        if (t.device, t.dtype) not in self.tables:    # kept: to move it would wait for the device
+            roots = torch.stack([self.alpha_bar, 1 - self.alpha_bar]).sqrt()         # (2, T)
+            self.tables[t.device, t.dtype] = roots.to(t.dtype).to(t.device)
+        index = torch.round(t * (self.num_timesteps - 1)).long()
+        return self.tables[t.device, t.dtype][:, index].unbind()
 
     def target(self, x0, noise, t):
         """The noise."""
@@ -1334,6 +1337,8 @@ class EMA:
     .update(model) after every step; .model is the average. The decay grows with the number n of
     updates so far, min(decay, (1 + n) / (10 + n)): a fixed 0.9999 would remember the random start
     for 10,000 steps, and sample noise.
+
+        average = average + (1 - decay) * (weight - average)
     """
 
     def __init__(self, model, decay):
@@ -1341,12 +1346,19 @@ class EMA:
         self.decay, self.updates = decay, 0
 
     @torch.no_grad()
-    def update(self, model):
-        """Moves the average towards the model's weights; buffers are copied."""
+    def update(self, model, finite=True):
+        """Moves the average towards the model's weights; buffers are copied.
+
+        finite: False, or a tensor () that is, leaves the average as it is. A tensor is not looked
+        at here, as that would make the processor wait for a GPU.
+        """
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        for average, value in zip(self.model.parameters(), model.parameters()):
-            average.lerp_(value.detach(), 1 - decay)
+        # All weights at once: a few launches on a GPU, and not three for each tensor
+        averages, weights = list(self.model.parameters()), list(model.parameters())
+        change = torch._foreach_sub(weights, averages)
+        torch._foreach_mul_(change, (1 - decay) * finite)
+        torch._foreach_add_(averages, change)
         for average, value in zip(self.model.buffers(), model.buffers()):
             average.copy_(value)
 

@@ -33,6 +33,7 @@ import types
 import urllib.error
 import warnings
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,18 @@ settings.register_profile("proofs", deadline=None, derandomize=True, max_example
 settings.load_profile("proofs")
 seeds = st.integers(0, 2**32)
 HERE = Path(__file__).parent
+GPU = torch.device("cuda")
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def auto_is_the_cpu():
+    """What tests expect is what a CPU gives; those that are about a GPU name it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module, real in (train, train.pick_device), (sample, sample.pick_device):
+            patch.setattr(module, "pick_device", lambda name, real=real: real(
+                "cpu" if name == "auto" else name))
+        yield
 
 
 def normal(seed, *shape, dtype=torch.float64):
@@ -1076,6 +1089,9 @@ def test_ema_is_its_formula(seed, decay, updates):
         d = min(decay, (1 + n) / (10 + n))
         expected = d * expected + (1 - d) * model.weight.detach()
         ema.update(model)
+        shake(model, seed - 1)
+        ema.update(model, finite=False)    # which counts as an update, but moves nothing
+        ema.updates -= 1
     assert_close(ema.model.weight.detach(), expected)
     assert torch.equal(ema.model.running_mean, model.running_mean)
     assert not ema.model.training and not ema.model.weight.requires_grad
@@ -2066,8 +2082,9 @@ SMALL = ["--variant", "nano", "--image_size", "16", "--override", "dim=48", "--o
 
 
 def script(name, *arguments, cwd):
-    """Runs a script in a process of its own: (exit code, stdout, stderr)."""
+    """Runs a script in a process of its own, without a GPU: (exit code, stdout, stderr)."""
     done = subprocess.run([sys.executable, HERE / name, *map(str, arguments)], cwd=cwd,
+                          env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
                           capture_output=True, text=True, timeout=300, check=False)
     return done.returncode, done.stdout, done.stderr
 
@@ -2192,8 +2209,8 @@ def test_a_signal_saves_and_says_how_to_go_on(number, tmp_path, monkeypatch, cap
     options = [*SMALL, "--log_every", "4", "--out", "run"]
     ema, before = train.EMA.update, signal.getsignal(number)
 
-    def interrupted(self, model):
-        ema(self, model)
+    def interrupted(self, model, finite):
+        ema(self, model, finite)
         if self.updates == 6:
             os.kill(os.getpid(), number)
 
@@ -2303,36 +2320,113 @@ except OSError as error: print("one line:", error)
     assert lf.load_checkpoint(tmp_path / "ckpt.pt") == {"step": 1}
 
 
-def test_steps_that_are_not_finite_are_skipped_and_counted_or_end_the_run():
-    weight = torch.nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.SGD([weight], lr=1)
-    precision, fine = train.Precision("bf16", CPU), torch.tensor(1.0)
-    weight.grad = torch.tensor([3.0, 0, 4])
-    precision.step(optimizer, [weight], 1, {})
-    assert_close(weight.detach(), torch.tensor([0.4, 1, 0.2]))    # clipped at 1
-    weight.grad = torch.tensor([math.nan, 0, 0])
-    with pytest.raises(ValueError, match="step 7: physics;"):
-        precision.step(optimizer, [weight], 7, {"loss": fine, "physics": fine * math.inf})
-    with pytest.raises(ValueError, match="step 8: gradient;"):
-        precision.step(optimizer, [weight], 8, {"loss": fine})
-    assert_close(weight.detach(), torch.tensor([0.4, 1, 0.2]))
+def one_weight(scaled=False):
+    """A weight of three ones, and step(gradient, **losses) that moves it as the loop does.
 
-    precision = train.Precision("bf16", CPU)    # as fp16 does it on a GPU
-    precision.scaler = torch.amp.GradScaler("cpu")
-    weight.grad = None
-    for step in range(precision.in_a_row):
-        precision.scaler.scale(weight.sum() * (math.inf if step else 1)).backward()
-        precision.step(optimizer, [weight], step, {})
-        if step == 0:
-            moved = weight.detach().clone()
-        weight.grad = None
-    assert torch.equal(weight.detach(), moved) and precision.skipped == precision.in_a_row - 1
-    # unscaled first, then clipped: a step of length 1
-    assert_close(torch.tensor([0.4, 1, 0.2]) - moved, torch.full((3,), 1 / math.sqrt(3)))
+    step returns whether the gradient was finite, and by how much the weight moved.
+    """
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], lr=1, weight_decay=0, eps=1e3, fused=True)
+    precision = train.Precision("bf16", CPU)
+    if scaled:    # as fp16 does it on a GPU
+        precision.scaler = torch.amp.GradScaler("cpu")
+
+    def step(gradient, **losses):
+        weight.grad, before = None, weight.detach().clone()
+        precision.scaler.scale((weight * torch.tensor(gradient)).sum()).backward()
+        finite = precision.step(optimizer, [weight], losses)
+        return finite.item(), before - weight.detach()
+
+    def check(last):    # what the loop does when a row is due
+        precision.check(last, *train.summed([precision.numbers()], CPU))
+
+    return weight, optimizer, precision, step, check
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_step_that_is_not_finite_changes_nothing(scaled):
+    weight, optimizer, precision, step, _ = one_weight(scaled)
+    finite, moved = step([3.0, 0.0, 4.0])
+    assert finite    # clipped at 1, and with so large an eps the step is the gradient / eps
+    assert_close(moved * 1e3, torch.tensor([0.6, 0, 0.8]), rtol=2e-3, atol=0)
+    ema = lf.EMA(nn.ParameterList([weight]), 0.9)
+    before = copy.deepcopy([weight.detach(), optimizer.state_dict()["state"], ema.model[0]])
+    for bad in math.nan, math.inf, -math.inf:
+        finite, moved = step([bad, 0.0, 0.0])
+        assert not finite and not moved.any()
+        ema.update(nn.ParameterList([weight + 1]), precision.seen[-1]["gradient"].isfinite())
+    after = [weight.detach(), optimizer.state_dict()["state"], ema.model[0]]
+    assert same_bits(before, after)
+    assert step([3.0, 0.0, 4.0])[0] and not same_bits(weight.detach(), before[0])
+
+
+def test_the_first_bad_step_ends_the_run_by_name_when_a_row_is_due():
+    fine = torch.tensor(1.0)
+    for losses, what in (({"loss": fine, "physics": fine * math.inf}, "physics"),
+                         ({"loss": fine * math.nan, "physics": fine * math.inf}, "loss and physics"),
+                         ({"loss": fine, "physics": fine}, "gradient")):
+        *_, step, check = one_weight()
+        step([1.0, 0.0, 0.0], loss=fine, physics=fine)
+        check(4)
+        for gradient in 1.0, math.nan, 1.0, math.inf:    # steps 5 to 8
+            step([gradient, 0.0, 0.0], **(losses if math.isnan(gradient) else {"loss": fine}))
+        with pytest.raises(ValueError, match=f"step 6: {what};"):
+            check(8)
+
+
+def test_a_scaler_may_skip_some_steps_but_not_too_many_in_a_row():
+    *_, precision, step, check = one_weight(scaled=True)
+    for i in range(1, 3 * precision.in_a_row):
+        step([math.inf if i % precision.in_a_row else 1.0, 0.0, 0.0])
+        if i % 7 == 0:
+            check(i)
+    check(i)
+    assert precision.skipped == 3 * (precision.in_a_row - 1)
     assert precision.scaler.get_scale() < 1
-    precision.scaler.scale(weight.sum() * math.inf).backward()
-    with pytest.raises(ValueError, match="step 99"):
-        precision.step(optimizer, [weight], 99, {})
+    step([math.inf, 0.0, 0.0])
+    with pytest.raises(ValueError, match=f"step {2 * precision.in_a_row + 1}: gradient;"):
+        check(i + 1)
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    update = train.EMA.update
+
+    def broken(self, model, finite):    # as by a step that was finite, but far too long
+        update(self, model, finite)
+        if self.updates == 6:
+            next(model.parameters()).data[0] = math.inf
+
+    monkeypatch.setattr(train.EMA, "update", broken)
+    refused(train.main, [*SMALL, "--steps", "8", "--save_every", "3", "--out", "run"], capsys,
+            "not finite after step 6", "weights")
+    state = lf.load_checkpoint("run/ckpt.pt")
+    assert state["step"] == 3 and all(v.isfinite().all() for v in state["model"].values())
+
+
+@pytest.mark.parametrize("process", lf.PROCESSES)
+def test_the_processor_asks_the_device_only_when_a_row_is_due(process, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked, steps = Counter(), []
+
+    class Asked(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "is_nonzero"):
+                asked[len(steps)] += 1
+            return func(*args, **(kwargs or {}))
+
+    for name in "tolist", "numpy", "cpu":
+        real = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, real=real: (
+            asked.update([len(steps)]), real(self))[1])
+    update = train.EMA.update
+    monkeypatch.setattr(train.EMA, "update", lambda *a: (update(*a), steps.append(1)))
+    with Asked():
+        train.main([*SMALL, "--steps", "30", "--log_every", "10", "--sample_every", "99",
+                    "--save_every", "99", "--process", process, "--labels", "--out", "run"])
+    # steps 1 and 3 ask for the first loss and the time that a step takes, 10 and 20 for a row
+    between = {step: n for step, n in asked.items() if 0 < step < 30}
+    assert set(between) == {1, 3, 10, 20} and max(between[10], between[20]) == 1, between
 
 
 def test_the_network_is_told_what_nine_in_ten_pictures_show(tmp_path, monkeypatch, capsys):
@@ -2688,6 +2782,114 @@ def test_names_are_defined_before_they_are_used():
     early = [f"{node.id} in line {node.lineno}" for node in ast.walk(tree)
              if isinstance(node, ast.Name) and node.lineno < defined.get(node.id, 0)]
     assert not early
+
+
+# ------------------------------------------------------------------------------------------------
+# On a GPU; skipped where there is none
+# ------------------------------------------------------------------------------------------------
+
+def value_and_gradient(model, x, t, dtype=None, scale=1.0):
+    """model(x, t), and the gradient of its mean square error, all weights' in one vector."""
+    model.zero_grad()
+    with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
+        out = model(x, t).float()
+    (scale * (out - x).square().mean()).backward()
+    return out.detach(), torch.cat([p.grad.flatten() for p in model.parameters()]) / scale
+
+
+@on_a_gpu
+@pytest.mark.parametrize("dtype, limit", [(torch.float16, 0.01), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize("arch", lf.ARCHS)
+def test_gpu_half_precision_stays_near_float32(arch, dtype, limit):
+    torch.manual_seed(0)
+    model = lf.create_model(arch, "nano", 32).to(GPU)
+    nn.init.normal_(model.head.weight, std=0.05)
+    x, t = torch.randn(8, 3, 32, 32, device=GPU), torch.rand(8, device=GPU)
+    exact = value_and_gradient(model, x, t)
+    found = value_and_gradient(model, x, t, dtype, scale=1024.0)    # or fp16's gradients vanish
+    for a, b in zip(exact, found):
+        assert (a - b).norm() < limit * a.norm()    # on a CPU 0.001 in fp16 and 0.01 in bf16
+
+
+@on_a_gpu
+@pytest.mark.parametrize("name", ["sequential", *FORMS])
+def test_gpu_scans_are_those_of_the_cpu(name):
+    inputs = ssd_inputs(0, 2, 200, 2, 2, 16, 8)
+    expected = values_and_gradients(lf.ssd_sequential, inputs)
+    form = getattr(lf, f"ssd_{name}")
+    exact = values_and_gradients(form, [v.to(GPU) for v in inputs])
+    single = values_and_gradients(form, [v.float().to(GPU) for v in inputs])
+    for e, a, b in zip(expected, exact, single):
+        assert_close(a.cpu(), e, rtol=1e-10, atol=1e-10)
+        assert (b.cpu() - e).abs().max() < 1e-4 * e.abs().max()
+
+
+@on_a_gpu
+def test_gpu_step_that_is_not_finite_changes_nothing():
+    model = shake(lf.create_model("patch", "nano", 16, **TINY["patch"]), 0).to(GPU)
+    for amp in "off", "fp16":
+        precision, ema = train.Precision(amp, GPU), lf.EMA(model, 0.9)
+        optimizer = train.make_optimizer(model, 1e-3, 0.01, GPU)
+        for bad in False, True, False:
+            before = copy.deepcopy([model.state_dict(), ema.model.state_dict()])
+            optimizer.zero_grad()
+            loss = model(torch.randn(2, 3, 16, 16, device=GPU), torch.rand(2, device=GPU)).mean()
+            precision.scaler.scale(loss * (math.inf if bad else 1)).backward()
+            torch.cuda.set_sync_debug_mode("error")    # and nothing waits for the GPU
+            ema.update(model, precision.step(optimizer, model.parameters(), {"loss": loss}))
+            torch.cuda.set_sync_debug_mode("default")
+            after = [model.state_dict(), ema.model.state_dict()]
+            assert same_bits(before, after) == bad
+
+
+@on_a_gpu
+def test_gpu_loop_waits_only_when_a_row_is_due(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = [*SMALL[:-1], "cuda", "--sample_every", "99", "--save_every", "99", "--labels"]
+    waits = []
+    for process in lf.PROCESSES:
+        for steps in 29, 59:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                torch.cuda.set_sync_debug_mode("warn")
+                train.main([*options, "--steps", str(steps), "--log_every", "10", "--process",
+                            process, "--overwrite", "--out", "run"])
+                torch.cuda.set_sync_debug_mode("default")
+            waits.append(sum("synchroniz" in str(w.message) for w in caught))
+        assert waits[-1] - waits[-2] <= 3    # 30 steps more, three rows more
+
+
+@on_a_gpu
+def test_gpu_run_is_stopped_and_resumed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = [*SMALL[:-1], "cuda", "--save_every", "5", "--log_every", "5", "--steps", "20"]
+    train.main([*options, "--out", "whole"])
+    update = train.EMA.update
+
+    def interrupted(self, model, finite):
+        update(self, model, finite)
+        if self.updates == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train.EMA, "update", interrupted)
+    with pytest.raises(SystemExit):
+        train.main([*options, "--out", "parts"])
+    assert lf.load_checkpoint("parts/ckpt.pt")["step"] == 12
+    monkeypatch.setattr(train.EMA, "update", update)
+    train.main([*options, "--out", "parts", "--resume"])
+    whole, parts = (rows(f"{run}/log.csv")[-1] for run in ("whole", "parts"))
+    assert parts["step"] == whole["step"] == "20"    # sums on a GPU may differ in their order
+    assert float(parts["held_out"]) == pytest.approx(float(whole["held_out"]), rel=0.02)
+
+
+@on_a_gpu
+def test_gpu_memory_of_a_step_at_128_pixels():
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    step = training_step(lf.create_model("patch", "tiny", 128).to(GPU), 128, 16, "fp16")
+    step()
+    step()
+    assert torch.cuda.max_memory_allocated() < 4 * 2**30
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3167,6 +3369,106 @@ def bench_training(device):
             print(f"{d:>5}{l:>7}{ms['Mamba2']:>7.1f}{ms['Attention']:>11.1f}")
 
 
+class DiT(nn.Module):
+    """A plain diffusion transformer for comparison (Peebles & Xie, 2023): as wide and deep as a
+    LiquidPatch, with its patches; every block is attention and a feed-forward, adaLN-Zero both.
+    """
+
+    def __init__(self, side, dim=256, depth=4, cond_dim=128, patch=2, headdim=64):
+        super().__init__()
+        self.patch, self.grid = patch, side // patch
+        self.condition = lf.Condition(cond_dim, 0, 1000)
+        self.embed = nn.Conv2d(3, dim, patch, stride=patch)
+        self.place = nn.Parameter(0.02 * torch.randn(1, self.grid**2, dim))
+        self.blocks = nn.ModuleList(nn.ModuleDict({
+            "modulation": nn.Sequential(nn.SiLU(), lf.zeroed(nn.Linear(cond_dim, 6 * dim))),
+            "attention": Attention(dim, headdim),
+            "ff": nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim)),
+        }) for _ in range(depth))
+        self.norm = lf.AdaLN(dim, cond_dim)
+        self.head = lf.zeroed(nn.Linear(dim, 3 * patch**2))
+
+    def forward(self, x, t, y=None):
+        c = self.condition(t, y)
+        x = lf.to_tokens(self.embed(x)) + self.place
+        for block in self.blocks:
+            scale, shift, gate, *ff = block["modulation"](c)[:, None].chunk(6, dim=-1)
+            normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+            x = x + gate * block["attention"](normed * (1 + scale) + shift)
+            normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+            x = x + ff[2] * block["ff"](normed * (1 + ff[0]) + ff[1])
+        x = lf.to_grid(self.head(self.norm(x, c)), self.grid, self.grid)
+        return F.pixel_shuffle(x, self.patch)
+
+
+def training_step(model, side, batch, amp, compiled=False):
+    """A function that takes one step as train.py does: loss, clipping, AdamW, EMA."""
+    device = next(model.parameters()).device
+    precision, ema = train.Precision(amp, device), lf.EMA(model, 0.999)
+    optimizer, flow = train.make_optimizer(model, 1e-3, 0.01, device), lf.RectifiedFlow()
+    network = torch.compile(model) if compiled else model
+    x0 = torch.rand(batch, 3, side, side, device=device) * 2 - 1
+
+    def step():
+        optimizer.zero_grad()
+        with precision.autocast():
+            loss, _, _ = flow.loss(network, x0)
+        precision.scaler.scale(loss).backward()
+        ema.update(model, precision.step(optimizer, model.parameters(), {"loss": loss}))
+        precision.seen.clear()
+    return step
+
+
+def busy(step, steps=5):
+    """(milliseconds that a GPU works in a step, kernels that it runs)."""
+    activities = torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize()
+    on_gpu = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(e.time_range.elapsed_us() for e in on_gpu) / 1e3 / steps, len(on_gpu) / steps
+
+
+def bench_gpu_step(device, side=32, batch=64, variant="tiny"):
+    """A training step of every model, with the scan and with attention, beside a plain DiT's."""
+    lf.MIXERS["attention"] = Attention
+    made = {f"{arch} {variant}": functools.partial(lf.create_model, arch, variant, side)
+            for arch in lf.ARCHS}
+    made |= {f"{arch} {variant}, attention": functools.partial(
+        lf.create_model, arch, variant, side, mixer="attention") for arch in ("patch", "mamba")}
+    made["DiT"] = functools.partial(DiT, side, **{
+        name: value for name, value in lf.VARIANTS["patch"][variant].items()
+        if name in ("dim", "depth", "cond_dim")})
+    for amp in "fp16", "bf16":
+        print(f"training step, {side} px, batch {batch}, {amp}\n"
+              f"{'':<24}{'parameters':>12}{'':>10}{'images/s':>10}{'ms':>8}{'busy ms':>9}"
+              f"{'kernels':>9}")
+        for name, make in made.items():
+            for compiled in False, True:
+                torch.manual_seed(0)
+                model = make().to(device)
+                step = training_step(model, side, batch, amp, compiled)
+                try:
+                    for _ in range(5):
+                        step()
+                except Exception as error:    # noqa: BLE001 - compilers fail in many ways
+                    print(f"{name:<24}{'':>12}{'compiled':>10}  {str(error).splitlines()[0]:.60}")
+                    continue
+                torch.cuda.synchronize()
+                begin, steps = time.perf_counter(), 30
+                for _ in range(steps):
+                    step()
+                torch.cuda.synchronize()
+                ms = 1e3 * (time.perf_counter() - begin) / steps
+                working, kernels = busy(step)
+                print(f"{name:<24}{sum(p.numel() for p in model.parameters()):>12,}"
+                      f"{'compiled' if compiled else 'eager':>10}{1e3 * batch / ms:>10.0f}{ms:>8.1f}"
+                      f"{working:>9.1f}{kernels:>9.0f}", flush=True)
+    del lf.MIXERS["attention"]
+    print()
+
+
 def bench_sampling(device):
     model, noise = lf.create_model("patch", "nano", 32).to(device), torch.randn(64, 3, 32, 32)
     noise, flow = noise.to(device), lf.RectifiedFlow()
@@ -3230,5 +3532,6 @@ if __name__ == "__main__":
     else:
         torch.empty(31 * 2**20, dtype=torch.uint8)    # keeps memory from the system, see train.run
         torch.manual_seed(0)
-        for question in bench_memory, bench_scan, bench_training, bench_sampling:
+        on_gpu = [bench_gpu_step] if arguments.device == "cuda" else []
+        for question in bench_memory, bench_scan, bench_training, *on_gpu, bench_sampling:
             question(arguments.device)

@@ -33,7 +33,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.nn.parallel import DistributedDataParallel
@@ -103,7 +102,7 @@ class DataSet:
 
     def mirrored(self, pictures, indices):
         """Pictures (B, 3, H, W), of which those whose index asks for it are mirrored."""
-        mirror = (indices >= len(self)).to(pictures.device)
+        mirror = moved(indices >= len(self), pictures.device)
         return torch.where(mirror[:, None, None, None], pictures.flip(3), pictures)
 
     def batches(self, order):
@@ -114,6 +113,11 @@ class DataSet:
 def scaled(images):
     """uint8 -> [-1, 1]."""
     return images.float() / 127.5 - 1
+
+
+def moved(tensor, device):
+    """A tensor on the device, without waiting for the work that is queued there already."""
+    return tensor.to(device, non_blocking=True)
 
 
 class Pictures(DataSet):
@@ -128,7 +132,7 @@ class Pictures(DataSet):
 
     def pictures(self, indices):
         """(B,) -> (B, 3, H, W)."""
-        return scaled(self.images[indices.to(self.images.device)])
+        return scaled(self.images[moved(indices, self.images.device)])
 
 
 def read(source, indices):
@@ -174,7 +178,7 @@ class Streamed(DataSet):
         if not torch.is_tensor(images):
             raise ValueError(f"a picture cannot be read: {images}; mend it, or put another one in "
                              "its place (a run that has been saved goes on with --resume)")
-        return scaled(images.to(self.device))
+        return scaled(moved(images, self.device))
 
     def batches(self, order):
         """self[indices] for each indices (B,) in order, read ahead by worker processes.
@@ -191,7 +195,7 @@ class Streamed(DataSet):
 
 def hsv(hue, saturation, value):
     """Colours (B, 3) in [0, 1] from hue, saturation and value, (B,) each."""
-    sector = (torch.tensor([5.0, 3.0, 1.0], device=hue.device) + 6 * hue[:, None]) % 6
+    sector = (torch.arange(5, 0, -2, device=hue.device) + 6 * hue[:, None]) % 6    # 5, 3, 1
     fall = torch.minimum(sector, 4 - sector).clamp(0, 1)
     return value[:, None] * (1 - saturation[:, None] * fall)
 
@@ -218,7 +222,7 @@ class Shapes(DataSet):
 
     def pictures(self, indices):
         """(B,) -> (B, 3, H, W)."""
-        indices = indices.to(self.numbers.device)
+        indices = moved(indices, self.numbers.device)
         kind = self.labels[indices]
         size, x0, y0, turn, angle, *colour = self.numbers[indices].T                 # (B,) each
         axis = (torch.arange(self.size, device=kind.device) + 0.5) / self.size * 2 - 1
@@ -611,7 +615,7 @@ class Latents(DataSet):
         return len(self.stored) // 2
 
     def __getitem__(self, indices):
-        return (self.stored[indices.to(self.stored.device)].float() - self.mean) / self.std
+        return (self.stored[moved(indices, self.stored.device)].float() - self.mean) / self.std
 
 
 @torch.no_grad()
@@ -756,12 +760,18 @@ def join_group(device):
             sys.stdout = open(os.devnull, "w")    # noqa: SIM115 - to the end
 
 
-def summed(values, device):
-    """A list of numbers, each summed over all processes."""
-    total = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device) for v in values])
+def summed(groups, device):
+    """Lists of numbers -> the same, each number summed over all processes.
+
+    One exchange and one wait for the device, however many numbers there are.
+    """
+    total = torch.stack([
+        v.float() if torch.is_tensor(v) else torch.full((), v, dtype=torch.float32, device=device)
+        for v in itertools.chain(*groups)])
     if WORLD > 1:
         dist.all_reduce(total)
-    return total.tolist()
+    numbers = iter(total.tolist())
+    return [list(itertools.islice(numbers, len(group))) for group in groups]
 
 
 def first_come_first(make):
@@ -890,19 +900,25 @@ class Log:
 
         Sums stay on the device: to ask for a number would make the processor wait for it.
         """
-        quarter = F.one_hot((t * 4).long().clamp(max=3), 4).to(errors)              # (B, 4)
-        losses = {f"loss_t{i}": errors.detach() @ quarter[:, i] for i in range(4)}
-        self.sums.update({"loss": errors.detach().sum(), **losses, **parts})
-        counts = {f"loss_t{i}": quarter[:, i].sum() for i in range(4)}
-        self.counts.update({"loss": len(errors), **counts, **dict.fromkeys(parts, 1)})
+        quarter = torch.arange(4, device=t.device) == (t * 4).long().clamp(max=3)[:, None]
+        quarter = quarter.to(errors)                                                # (B, 4)
+        by_quarter, pictures = errors.detach() @ quarter, quarter.sum(0)            # (4,) each
+        self.sums.update({"quarters": by_quarter, **parts})
+        self.counts.update({"quarters": pictures, **dict.fromkeys(parts, 1)})
         self.images += len(errors)
 
-    def means(self):
-        """What was added since the last row, averaged, and the speed so far."""
-        sums, counts = (summed(v.values(), self.device) for v in (self.sums, self.counts))
-        means = {name: total / count for name, total, count in zip(self.sums, sums, counts)
+    def numbers(self):
+        """What was added since the last row, as two lists of numbers for summed()."""
+        return [[*counter["quarters"], *list(counter.values())[1:]]
+                for counter in (self.sums, self.counts)]
+
+    def means(self, sums, counts):
+        """The row of these numbers, after they were summed over all processes, and the speed."""
+        names = [f"loss_t{i}" for i in range(4)] + list(self.sums)[1:]
+        means = {name: total / count for name, total, count in zip(names, sums, counts)
                  if count > 0}                                   # no t in a quarter: no loss there
-        return {**means, "images_per_s": WORLD * self.images / (time.time() - self.start)}
+        return {"loss": sum(sums[:4]) / sum(counts[:4]), **means,
+                "images_per_s": WORLD * self.images / (time.time() - self.start)}
 
     def write(self, **row):
         """Writes the row, and starts a new one."""
@@ -934,30 +950,53 @@ class Precision:
         self.device = device
         self.dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
-        self.skipped, self.row = 0, 0
+        self.seen, self.skipped, self.row, self.first = [], 0, 0, ""
 
     def autocast(self):
         """The context in which the network and its loss run."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
-    def step(self, optimizer, parameters, step, losses):
-        """Clips the gradients at 1 and moves the weights, unless something is not finite.
+    def step(self, optimizer, parameters, losses):
+        """Clips the gradients at 1 and moves the weights; returns whether they were finite, ().
 
-        ValueError after too many steps in a row that had to be skipped; one, without a scaler.
+        Where they were not, the weights stay as they are. The device decides, and the processor
+        does not wait to hear of it: what each step came to is looked at when check() is called.
         losses: name -> scalar tensor, to say which part it was.
         """
         self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        finite = math.isfinite(norm)
-        self.row = 0 if finite else self.row + 1
-        if not finite:
-            self.skipped += 1
+        finite = norm.isfinite()
+        self.seen.append({**{name: v.detach() for name, v in losses.items()}, "gradient": norm})
+        if self.scaler.is_enabled():
+            self.scaler.step(optimizer)    # does not move either if it found an inf or a nan
+            self.scaler.update()
+        elif self.device.type in FUSED:
+            optimizer.found_inf = 1 - finite.float()    # how a scaler tells an AdamW in one piece
+            optimizer.step()
+        elif finite:    # on other devices, the processor has to wait after all
+            optimizer.step()
+        return finite
+
+    def numbers(self):
+        """What the steps since the last check came to, a list of numbers for summed()."""
+        return [v for losses in self.seen for v in losses.values()]
+
+    def check(self, step, numbers):
+        """Looks at these numbers, the last ones of which are those of this step.
+
+        ValueError after too many steps in a row that had to be skipped; one, without a scaler.
+        """
+        numbers = iter(numbers)
+        for i, losses in enumerate(self.seen, step + 1 - len(self.seen)):
+            wrong = [name for name in losses if not math.isfinite(next(numbers))]
+            self.row = self.row + 1 if "gradient" in wrong else 0
+            self.skipped += "gradient" in wrong
+            if self.row == 1:
+                self.first = f"not finite at step {i}: {' and '.join(wrong[:-1] or wrong)}"
             if self.row >= (self.in_a_row if self.scaler.is_enabled() else 1):
-                wrong = [name for name, loss in losses.items() if not math.isfinite(loss)]
-                raise ValueError(f"not finite at step {step}: {' and '.join(wrong or ['gradient'])}"
-                                 "; a lower --lr may help. What was saved last is kept")
-        self.scaler.step(optimizer)
-        self.scaler.update()
+                raise ValueError(f"{self.first}; a lower --lr may help. What was saved last is "
+                                 "kept")
+        self.seen = []
 
 
 def check_compiler(device):
@@ -1096,13 +1135,14 @@ def train(args, model, network, data, taesd, precision, stop, state=None):
     out, device = Path(args.out), precision.device
     first = restore(state, model, ema, optimizer, precision) if state else 0
     # Every process takes grad_accum parts of a batch, one after the other
-    mine = torch.arange(args.batch_size).chunk(WORLD * args.grad_accum)[RANK::WORLD]
+    size = args.batch_size // (WORLD * args.grad_accum)
+    mine = [slice(i, i + size) for i in range(RANK * size, args.batch_size, WORLD * size)]
     classes = model.config["num_classes"]    # labels: 0 ... classes - 1; classes itself is hidden
 
     def labels(indices):
         """What the network is told of these pictures: (B,), or None."""
-        known = data.labels[(indices % len(data)).to(data.labels.device)]
-        return known.to(device) if classes else None
+        known = data.labels[moved(indices % len(data), data.labels.device)]
+        return moved(known, device) if classes else None
 
     batches = shuffled(training, args.batch_size, args.seed, skip=first, mirror=len(data))
     order, again = itertools.tee(indices[part] for indices in batches for part in mine)
@@ -1117,6 +1157,10 @@ def train(args, model, network, data, taesd, precision, stop, state=None):
 
     def save(step):
         """Writes ckpt.pt: all that the run needs to go on, and what sample.py needs."""
+        weights = [*model.parameters(), *ema.model.parameters()]
+        if not torch.stack(torch._foreach_norm(weights)).isfinite().all():
+            raise ValueError(f"not finite after step {step}: weights; a lower --lr may help. What "
+                             "was saved last is kept")
         save_checkpoint(out / "ckpt.pt", {
             "version": CHECKPOINT_VERSION, "config": model.config, "process": args.process,
             "step": step, "classes": data.classes, "latents": data.latents, "args": vars(args),
@@ -1133,12 +1177,11 @@ def train(args, model, network, data, taesd, precision, stop, state=None):
         write_whole(out / "samples" / f"step_{step:06d}.png", lambda file: grid.save(file, "PNG"))
         return held_out_loss(
             ema.model, process, lambda part: (data[held_out[part]], labels(held_out[part])),
-            test_noise, min(128, max(32, len(mine[0]))))
+            test_noise, min(128, max(32, size)))
 
     log = Log(out / "log.csv", physics.weights, device, first)
     progress, shown = Progress("step", args.steps, first), ""
     for step in range(first, args.steps):
-        begin = time.time()
         lr = learning_rate(step, args.steps, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -1160,34 +1203,44 @@ def train(args, model, network, data, taesd, precision, stop, state=None):
                 penalty, parts = physics(x0_hat, x0, process.alpha_sigma(t)[0], step)
                 precision.scaler.scale((loss + penalty) / len(mine)).backward()
             log.add(errors, t, parts)
-        precision.step(optimizer, model.parameters(), step + 1, {"loss": loss, "physics": penalty})
-        ema.update(model)
+        finite = precision.step(optimizer, model.parameters(), {"loss": loss, "physics": penalty})
+        ema.update(model, finite)
 
         done = step + 1
-        if done == 1:
-            target = process.target(x0, all_noise[part], t).square().mean().item()
-            print(f"first loss {log.means()['loss']:.3f}; a new model answers 0, which costs "
-                  f"about {target:.3f}, the mean square of what it should answer")
         last = done == args.steps
-        stopping = summed([stop.signal or 0], device) != [0]    # together, or others would wait
-        if done == first + 3:    # the first steps are slower
-            steps_per_hour = 3600 / (time.time() - begin)
-            hours = (args.steps - done) / steps_per_hour
-            quicker = ("--variant nano" if args.variant != "nano" else
-                       f"--steps {done + steps_per_hour:.0f}")
-            if hours > 1:
-                progress.note(f"this will take about {hours:.1f} h here; {quicker} is quicker")
         showing = done % args.sample_every == 0 or last
-        saving = done % args.save_every == 0 or showing or stopping
-        if saving or done % args.log_every == 0:
-            row = dict(log.means(), step=done, lr=lr)
+        saving = done % args.save_every == 0 or showing
+        stopping = False
+        # Several processes stop together, or some would wait for ever: they ask at a row. One asks
+        # at every step. Only here does the processor wait for the device.
+        if saving or done - first in (1, 3) or done % args.log_every == 0 or (
+                stop.signal and WORLD == 1):
+            *row, seen, signals = summed(
+                [*log.numbers(), precision.numbers(), [stop.signal or 0]], device)
+            precision.check(done, seen)
+            means, stopping = log.means(*row), signals != [0]
+            if done == 1:
+                target = process.target(x0, all_noise[part], t).square().mean().item()
+                print(f"first loss {means['loss']:.3f}; a new model answers 0, which costs about "
+                      f"{target:.3f}, the mean square of what it should answer")
+            if done - first == 1:    # the first step is slower
+                begin = time.time()
+            elif done - first == 3:
+                steps_per_hour = 2 * 3600 / (time.time() - begin)
+                hours = (args.steps - done) / steps_per_hour
+                quicker = ("--variant nano" if args.variant != "nano" else
+                           f"--steps {done + steps_per_hour:.0f}")
+                if hours > 1:
+                    progress.note(f"this will take about {hours:.1f} h here; {quicker} is quicker")
+        if saving or stopping or done % args.log_every == 0:
+            row = dict(means, step=done, lr=lr)
             shown = f"loss {row['loss']:.3f}, {row['images_per_s']:.0f} images/s,"
             if showing and not RANK:
                 row["held_out"] = show(done)
                 progress.note(f"step {done}: held-out loss {row['held_out']:.4f}")
             log.write(**row)
-            if saving and not RANK:    # after the row: a resumed run starts with an empty one
-                save(done)
+            if (saving or stopping) and not RANK:    # after the row: a resumed run starts with an
+                save(done)                           # empty one
         progress(done, shown)
         if stopping and not last:
             progress.close()
