@@ -22,9 +22,10 @@ Conventions
     pictures      (B, C, H, W), float, in [-1, 1].
     models        model(x, t, y=None) -> a tensor of x's shape; x (B, C, H, W), t (B,), y labels
                   (B,) or None.
-    precision     parameters are float32, and autocast may run matrix products in half precision;
-                  what is cumulated or exponentiated (decays, carried states, norms, the time
-                  embedding, losses) is computed in float32. A float64 model stays float64.
+    precision     parameters are float32, and autocast may run matrix products, and what mixes
+                  their results, in half precision; what is accumulated or exponentiated (decays,
+                  carried states, sums in norms, the time embedding, losses) is computed in
+                  float32. A float64 model stays float64.
 
 Two alphabets, one for each world (inside a formula, letters are those of its paper)
     picture (B, C, H, W)     batch, channels, height, width (and P, the side of a patch)
@@ -32,7 +33,6 @@ Two alphabets, one for each world (inside a formula, letters are those of its pa
             h, p             heads, and the width of one head: h * p channels in all
             g                groups of heads that share Bm and Cm
             n                size of the state that each channel carries
-            q, k             tokens in a chunk, number of chunks
             Bm, Cm           how a token writes into the state, and reads from it (papers: B, C)
             log_decay        log of the factor by which the state fades at a token (dt * A), <= 0
 
@@ -181,7 +181,7 @@ class AdaLN(nn.Module):
         else:
             normed = F.layer_norm(full(x), (self.dim,), eps=1e-6)
             scale, shift = scale[:, None], shift[:, None]
-        return normed.to(scale.dtype) * (1 + scale) + shift                  # x's shape
+        return normed.to(scale.dtype) * (1 + scale) + shift    # x's shape; half under autocast
 
 
 # ------------------------------------------------------------------------------------------------
@@ -204,7 +204,6 @@ def ltc_ode(x0, f, A, tau, t, steps):
     """
     def slope(x):
         return -(1 / tau + f) * x + f * A
-
     x, step = x0, t / steps
     for _ in range(steps):
         k1 = slope(x)
@@ -290,15 +289,14 @@ class CfCCell(nn.Module):
 #
 # The second line is step 2 again: x relaxes towards cfc at a learned rate lambda > 0. ts and lambda
 # are kept within a factor of 4 of where they start (1 and log 2, so alpha = 0.5^ts at first): then
-# alpha stays below 0.96, and the liquid part is never cut off. (A source of ours takes the mean of
-# the embedding for ts, near 0 and clamped to 0.01: alpha is then 0.5^0.01 = 0.993 whatever t is.)
+# alpha stays below 0.96, and the liquid part is never cut off.
 
 class ParallelCfC(nn.Module):
     """A CfC for every pixel: x (B, dim, H, W), c (B, cond_dim) -> (B, dim, H, W).
 
     f, g and h share one depthwise convolution (kernel_size, odd: ValueError if even) and one
-    expansion to expand * dim channels. |cfc| <= 1, so |out| <= max(|x|, 1) everywhere. With alpha
-    "constant" in place of "liquid" it is 0.993 at any time, for comparison.
+    expansion to expand * dim channels. |cfc| <= 1, so |out| <= max(|x|, 1) everywhere. alpha
+    "constant" is 0.993 at any time, for comparison: 0.5^ts for a ts of 0.01, that no t moves.
     Source: Hasani et al. (2022) for the gate; the relaxation is the LTC solution of step 2.
     """
 
@@ -312,7 +310,7 @@ class ParallelCfC(nn.Module):
         self.f_head = nn.Conv2d(expand * dim, dim, 1)
         self.g_head = nn.Conv2d(expand * dim, dim, 1)
         self.h_head = nn.Conv2d(expand * dim, dim, 1)
-        # ts = 4^tanh(time(c)): small weights, no bias, so near 1 at first, but not alike for all c
+        # ts = 4^tanh(time(c)): small weights, bias 0, so near 1 at first, but not alike for all c
         self.time = zeroed(nn.Linear(cond_dim, dim))
         nn.init.normal_(self.time.weight, std=0.08 / math.sqrt(cond_dim))
         self.bias = zeroed(nn.Linear(cond_dim, dim))          # b(c)
@@ -326,7 +324,7 @@ class ParallelCfC(nn.Module):
     def heads(self, x):
         """f, and g and h before their tanh, (B, dim, H, W) each: three convolutions in one."""
         heads = self.f_head, self.g_head, self.h_head
-        weight, bias = torch.cat([head.weight for head in heads]), torch.cat([h.bias for h in heads])
+        weight, bias = (torch.cat(v) for v in zip(*((v.weight, v.bias) for v in heads)))
         return F.conv2d(self.backbone(x), weight, bias).chunk(3, dim=1)
 
     def gates(self, x, c, f=None):
@@ -337,7 +335,7 @@ class ParallelCfC(nn.Module):
         if self.fixed_alpha:
             alpha = self.fixed_alpha + 0 * alpha    # several GPUs expect a gradient of rho
         slope, offset = (-v.to(f.dtype)[:, :, None, None] for v in (ts, self.bias(c)))
-        gate = torch.sigmoid(f * slope + offset)    # -(f * ts + b), the sign where it costs nothing
+        gate = torch.sigmoid(f * slope + offset)      # -(f * ts + b), the sign in small tensors
         return gate, alpha.to(x.dtype)[:, :, None, None]
 
     def forward(self, x, c):
@@ -366,7 +364,7 @@ class ParallelCfC(nn.Module):
 # that wait for each other, the matrix costs l^2; chunks of the sequence give the best of both.
 #
 # The three ssd functions share arguments and results (x already multiplied by §6's dt; t counts
-# tokens in this section; "r p" in a shape is one axis of r * p numbers):
+# tokens in this section, k chunks of q tokens each make a sequence):
 #     x (b, l, h, p), log_decay (b, l, h) <= 0, Bm and Cm (b, l, g, n), head i uses group i // r,
 #     r = h / g; initial_state (b, h, p, n), zero if None -> y (b, l, h, p), a final state like it.
 # Source: Dao & Gu (2024), "Transformers are SSMs", the state space duality model.
@@ -388,46 +386,53 @@ def ssd_sequential(x, log_decay, Bm, Cm, initial_state=None):
     return torch.stack(y, dim=1).to(dtype), state
 
 
-def product(a, b):
-    """a @ b in at least float32, also under autocast: for sums of exponents, and of states."""
-    with torch.autocast(a.device.type, enabled=False):
-        return full(a) @ full(b)
+class Between(torch.autograd.Function):
+    """a (..., l), and a dtype -> the decays between tokens, [t, s] = exp(a_{s+1} + ... + a_t).
 
+    (..., l, l), 1 for s >= t: mask what is multiplied with it. Each column is a sum of its own. To
+    subtract two entries of one running sum would lose digits: after a hundred decays of -60 it is
+    near -6000, where float32 numbers are 5e-4 apart. The way back needs no such sums: a_j stands in
+    every entry with s < j <= t, so with H = dL/d(decay) * decay, which is 0 where masked,
 
-def fading(a):
-    """Decays from log decays a (..., l): between tokens (..., l, l), since the start, to the end.
-
-        between[t, s] = exp(a_{s+1} + ... + a_t), 1 for s >= t
-        since[t] = exp(a_1 + ... + a_t),   to_end[s] = exp(a_{s+1} + ... + a_l)     (..., l) each
-
-    A product with triangles of ones picks the terms, j <= t and j > s, and adds numbers of one
-    sign, which loses no digits. sum[t] - sum[s] would: after a hundred decays of -60 these running
-    sums are near -6000, where float32 numbers are 5e-4 apart, and exp would be wrong by as much.
+        dL/da_j = sum of H[t, s] over s < j <= t = sum over t >= j of (row t of H - column t of H)
     """
-    ones = torch.ones(a.shape[-1], a.shape[-1], dtype=a.dtype, device=a.device)
-    upto, after = ones.tril(), ones.tril(-1)                 # [t, j]: 1 if j <= t; [j, s]: if j > s
-    sums = product(a[..., None, :] * upto, after), product(a, upto.mT), product(a, after)
-    return [v.exp() for v in sums]
+
+    @staticmethod
+    def forward(ctx, a, dtype):
+        ones = torch.ones(a.shape[-1], a.shape[-1], dtype=a.dtype, device=a.device)
+        a = a.clamp(min=-750)    # exp(-750) is 0 even in float64, and -inf * 0 would be nan
+        column = a[..., None] * ones.tril(-1)                                # a_t, where t > s
+        decay = column.cumsum_(column.dim() - 2).exp_().to(dtype)            # not -2, for Core ML
+        ctx.save_for_backward(decay)
+        return decay
+
+    @staticmethod
+    def backward(ctx, grad):
+        H = grad * ctx.saved_tensors[0]
+        rows, columns = (H.sum(axis, dtype=full(H).dtype) for axis in (-1, -2))
+        return (rows - columns).flip(-1).cumsum(-1).flip(-1), None
 
 
-def carry_states(states, log_decay, initial=None):
+def carry_states(states, log_decay, carried=None):
     """The recurrence between chunks: what enters each, and what leaves the last.
 
-        entering_{j+1} = exp(log_decay_j) * entering_j + states_j,   entering_0 = initial, or 0
+        entering_{j+1} = exp(log_decay_j) * entering_j + states_j,   entering_0 = carried, or 0
 
-    states (..., k, m), log_decay (..., k), initial (..., 1, m); the results likewise. It is the
-    masked product of M once more, 16 chunks at a time, and so the cost is linear in k.
+    states (..., k, m), log_decay (..., k), carried (..., 1, m), results likewise; the last one is
+    float32 or wider. Chunks are the tokens of a masked product, 16 at a time: cost linear in k.
     """
-    entering, one = [], states.shape[-2] <= 16               # the usual one is not split: no copies
-    for S, a in [(states, log_decay)] if one else zip(
+    entering, short = [], states.shape[-2] <= 16             # one span needs no copies
+    for S, a in [(states, log_decay)] if short else zip(
             states.split(16, -2), log_decay.split(16, -1)):
-        between, since, _ = fading(a)                        # a row lower: before this chunk's own
-        S_in = product(F.pad(between.tril(), (0, 0, 1, -1)), S)                     # (..., 16, m)
-        if initial is not None:
-            S_in = S_in + product(F.pad(since, (1, -1), value=1)[..., None], initial)
-        initial = a[..., -1:, None].exp() * S_in[..., -1:, :] + S[..., -1:, :]
+        # Shifted a row down: chunk j receives the chunks before it
+        decay = F.pad(Between.apply(a, a.dtype).tril(), (0, 0, 1, -1))       # (..., k, k), k <= 16
+        with torch.autocast(S.device.type, enabled=False):    # accumulated: not in half precision
+            S_in = decay @ full(S)                                           # (..., k, m)
+            if carried is not None:
+                S_in = S_in + F.pad(a, (1, -1)).cumsum(-1).exp()[..., None] @ carried
+        carried = a[..., -1:, None].exp() * S_in[..., -1:, :] + S[..., -1:, :]
         entering.append(S_in.to(states.dtype))
-    return entering[0] if one else torch.cat(entering, -2), initial
+    return entering[0] if short else torch.cat(entering, -2), carried
 
 
 def ssd_chunked(x, log_decay, Bm, Cm, initial_state=None, chunk_size=None):
@@ -447,23 +452,21 @@ def ssd_chunked(x, log_decay, Bm, Cm, initial_state=None, chunk_size=None):
         # Pad to whole chunks: decay 1 and input 0 leave a state as it is, so padding is exact
         v = F.pad(v, (0, 0, 0, 0, 0, -l % q)) if l % q else v
         v = v.unflatten(1, (-1, q)).unflatten(3, (g, -1)).permute(0, 3, 4, 1, 2, 5)
-        return v.contiguous()                         # or every product below makes a copy
-
+        return v.contiguous()                         # one copy here, not one in every product
     x, Bm, Cm = chunks(x), chunks(Bm), chunks(Cm)
     a = chunks(full(log_decay)[..., None]).squeeze(-1)              # (b, g, r, k, q)
-    a = a.clamp(min=-750)    # exp(-750) is 0 even in float64; -inf times a 0 would be nan
-    between, since, to_end = fading(a)
-    since, to_end = (v.to(dtype)[..., None] for v in (since, to_end))
+    decay = Between.apply(a, dtype)                                 # (b, g, r, k, q, q)
+    since, to_end = a.cumsum(-1).exp().to(dtype)[..., None], decay[..., -1, :, None]
 
-    # 1. Every chunk as if it were a sequence by itself: M, times x.
-    M = (Cm @ Bm.mT).tril() * between.to(dtype)                     # (b, g, r, k, q, q)
+    # 1. Every chunk as if it were a sequence by itself: M (tril: only s <= t), times x.
+    M = (Cm @ Bm.mT).tril() * decay                                 # (b, g, r, k, q, q)
     y = M @ x                                                       # (b, g, r, k, q, p)
-    # 2. The state that each leaves behind, and 3. what enters each.
+    # 2. The state that each leaves behind, here (n, p), and 3. the state that enters each.
     states = (Bm * to_end).mT @ x                                   # (b, g, r, k, n, p)
     if initial_state is not None:
         initial_state = full(initial_state).mT.reshape(b, g, -1, 1, n * p)
     entering, final = carry_states(states.flatten(-2), a.sum(-1), initial_state)
-    # 4. What the tokens read of that.
+    # 4. Add what the tokens read from the state that entered, unless that is 0.
     if l > q or initial_state is not None:
         y = y + (Cm * since) @ entering.unflatten(-1, (n, p))
     y = y.permute(0, 3, 4, 1, 2, 5).reshape(b, -1, h, p)[:, :l]
@@ -524,12 +527,12 @@ class Mamba2(nn.Module):
     def forward(self, u):
         d_inner, d_bc, nheads, conv_dim = self.sizes
         z, xBC, dt = self.in_proj(u).split([d_inner, conv_dim, nheads], dim=-1)    # (b, l, ...)
-        # Padded by d_conv - 1 and cut off on the right, so causal. conv2d, since it takes channels
-        # last without a copy.
+        # Padded by d_conv - 1 and cut on the right: causal. (conv1d would take a CPU longer.)
         xBC = F.conv2d(xBC.transpose(1, 2)[:, :, None], self.conv1d.weight[:, :, None],
-                       self.conv1d.bias, padding=(0, self.conv1d.kernel_size[0] - 1),
-                       groups=conv_dim).squeeze(2)[..., :u.shape[1]]
-        x, Bm, Cm = F.silu(xBC.transpose(1, 2)).split([d_inner, d_bc, d_bc], dim=-1)
+                       self.conv1d.bias, padding=(0, self.conv1d.weight.shape[2] - 1),
+                       groups=conv_dim)
+        xBC = F.silu(xBC.squeeze(2)[..., :u.shape[1]].transpose(1, 2))              # (b, l, ...)
+        x, Bm, Cm = xBC.split([d_inner, d_bc, d_bc], dim=-1)
         x = x.unflatten(-1, (nheads, self.headdim))                                 # (b, l, h, p)
         Bm, Cm = (v.unflatten(-1, (self.ngroups, -1)) for v in (Bm, Cm))            # (b, l, g, n)
 
@@ -537,12 +540,12 @@ class Mamba2(nn.Module):
         log_decay = -dt * torch.exp(full(self.A_log))                               # (b, l, h) <= 0
         dt, D = dt.to(x.dtype), self.D.to(x.dtype)
         y, _ = ssd_chunked(dt[..., None] * x, log_decay, Bm, Cm, chunk_size=self.chunk_size)
-        y = (D[:, None] * x + y).flatten(2) * F.silu(z)                             # (b, l, h p)
-        # out_proj(RMSNorm(y)), RMSNorm(y) = weight * y / sqrt(mean(y^2) + eps). The root, a number
-        # a token, divides what comes out; out_proj takes the weight. A norm is summed in float32.
-        norm = full(torch.linalg.vector_norm(y, dim=-1, keepdim=True))              # (b, l, 1)
-        scale = torch.rsqrt(norm.square() / d_inner + self.norm.eps)
-        return F.linear(y, self.norm.weight * self.out_proj.weight) * scale.to(y.dtype)
+        y = (D[:, None] * x + y) * F.silu(z).view_as(x)                             # (b, l, h, p)
+        # out_proj(y / root * weight), root = sqrt(mean(y^2) + eps). It is one number a token, so it
+        # divides what comes out instead; the weight is multiplied into out_proj's.
+        squares = full(torch.linalg.vector_norm(y, dim=-1)).square()                # (b, l, h)
+        scale = torch.rsqrt(squares.sum(-1, keepdim=True) / d_inner + self.norm.eps)   # 1 / root
+        return F.linear(y.flatten(2), self.norm.weight * self.out_proj.weight) * scale.to(y.dtype)
 
 
 # What mixes the tokens of a model: name -> class, made as cls(dim, d_state=, expand=, headdim=),
@@ -572,7 +575,6 @@ def zigzag_orders(height, width):
 
     def snake(cells):                                   # every other row is walked backwards
         return torch.cat([row.flip(0) if i % 2 else row for i, row in enumerate(cells)])
-
     corners = grid, grid.flip(1), grid.flip(0), grid.flip(0, 1)
     return torch.stack([snake(view) for corner in corners for view in (corner, corner.T)])
 
@@ -640,7 +642,11 @@ class Condition(nn.Module):
 
 
 class SpatialMix(nn.Module):
-    """Local and global context without attention: (B, dim, H, W) -> (B, dim, H, W)."""
+    """Local and global context without attention: (B, dim, H, W) -> (B, dim, H, W).
+
+    AdaLN has set the mean of each group of channels to that of shift(c); `whole` sees how channels
+    of a group differ. Up to 32 channels each is a group: there it only adds a bias that c steers.
+    """
 
     def __init__(self, dim, kernel_size):
         super().__init__()
@@ -705,7 +711,6 @@ class LiquidUNet(nn.Module):
 
         def stage(dim, count):
             return nn.ModuleList(self.block(dim, cond_dim, **block_options) for _ in range(count))
-
         self.condition = Condition(cond_dim, num_classes, time_scale)
         self.stem = nn.Sequential(
             nn.Conv2d(in_channels, channels[0], 3, padding=1), nn.SiLU(),
@@ -1163,7 +1168,6 @@ def spectral_loss(p, q):
     """
     def log_power(x):
         return torch.log(torch.fft.rfft2(full(x)).abs().square() / x.shape[2:].numel() + 1e-4)
-
     return picture_mean((log_power(p) - log_power(q)).square())
 
 
@@ -1337,8 +1341,6 @@ class EMA:
     .update(model) after every step; .model is the average. The decay grows with the number n of
     updates so far, min(decay, (1 + n) / (10 + n)): a fixed 0.9999 would remember the random start
     for 10,000 steps, and sample noise.
-
-        average = average + (1 - decay) * (weight - average)
     """
 
     def __init__(self, model, decay):
@@ -1347,14 +1349,13 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model, finite=True):
-        """Moves the average towards the model's weights; buffers are copied.
+        """average + (1 - decay) * (weight - average) for all weights; buffers are copied.
 
-        finite: False, or a tensor () that is, leaves the average as it is. A tensor is not looked
-        at here, as that would make the processor wait for a GPU.
+        finite: False, or a tensor () that is, leaves the average as it is: nobody looks at it here,
+        and so nobody waits for a GPU. All weights at once are a few launches there, not thousands.
         """
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        # All weights at once: a few launches on a GPU, and not three for each tensor
         averages, weights = list(self.model.parameters()), list(model.parameters())
         change = torch._foreach_sub(weights, averages)
         torch._foreach_mul_(change, (1 - decay) * finite)
@@ -1426,8 +1427,7 @@ class TAESDBlock(nn.Module):
     def __init__(self, pooled=False):
         super().__init__()
         self.conv = nn.Sequential(
-            nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(),
-            nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(),
             nn.Conv2d(64, 64, 3, padding=1))
         self.pool = nn.Sequential(
             nn.Conv2d(64, 256, 1, bias=False), nn.GroupNorm(4, 256), nn.ReLU(),
@@ -1454,10 +1454,8 @@ class TAESD(nn.Module):
 
         def conv(dim_in=64, dim_out=64, **options):
             return nn.Conv2d(dim_in, dim_out, 3, padding=1, **options)
-
         def blocks(pooled=False):
             return [TAESDBlock(pooled) for _ in range(3)]
-
         def double():
             return [nn.Upsample(scale_factor=2), conv(bias=False)]
 
@@ -1550,14 +1548,11 @@ CLAIMS = {
 def tour():
     """Prints shapes and measured errors in the order of the sections, then the variants."""
     torch.manual_seed(0)
-
     def gap(a, b):
         return f"{(a - b).abs().max().item():.1e}"
-
     t, x, c = torch.rand(4), torch.randn(4, 48, 8, 8), torch.randn(4, 64)
     print(f"§2  time {tuple(t.shape)} -> embedding {tuple(SinusoidalTimeEmbedding(64)(t).shape)}")
     print(f"§3  new AdaLN - norm: {gap(AdaLN(48, 64)(x, c), F.group_norm(x, 24, eps=1e-6))}")
-
     x0, f, A, tau, time = (torch.rand(100, dtype=torch.float64) + 0.5 for _ in range(5))
     exact = ltc_closed_form(x0, f, A, tau, time)
     errors = [gap(ltc_ode(x0, f, A, tau, time, steps), exact) for steps in (4, 8, 16)]
@@ -1587,12 +1582,10 @@ def tour():
     def velocity(x, t, y=None):
         t = per_picture(t, x)
         return x * (t - (1 - t) / 4) / ((1 - t) ** 2 / 4 + t**2)
-
     noise, flow = torch.randn(2, 3, 4, 4).double(), RectifiedFlow()
     for name, sampler in SAMPLERS.items():
         errors = [gap(sampler(velocity, flow, noise, steps), noise / 2) for steps in (16, 32, 64)]
         print(f"§13 {name:<5} in 16, 32, 64 steps, error: {', '.join(errors)}")
-
     print("\nvariant        size  parameters  claimed")
     for arch, variants in VARIANTS.items():
         for variant in variants:

@@ -668,6 +668,17 @@ def test_overview_is_one_dense_layer_over_an_8_by_8_grid(seed, height, width):
     assert_close(overview(x), x + overview.write(expected))
 
 
+@pytest.mark.parametrize("dim, sees", [(16, False), (32, False), (48, True), (64, True)])
+def test_what_the_global_part_of_a_unet_sees(dim, sees):
+    block = shake(lf.UNetBlock(dim, 8, 3), 0).double()
+    for p in block.mix.local.parameters():    # what is left is the global part
+        p.detach().zero_()
+    x, c = normal(0, 2, dim, 6, 6), normal(1, 1, 8).expand(2, 8)
+    mixed = block.mix(block.norm_mix(x * uniform(2, 2, dim, 1, 1) + normal(3, 2, dim, 1, 1), c))
+    assert ((mixed[0] - mixed[1]).abs().max() > 1e-3) == sees    # measured 2e-7 (eps), and 0.5
+    assert (block.mix(block.norm_mix(x, -c)) - mixed).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("arch", lf.ARCHS)
 def test_labels_and_the_null_class(arch):
     model, x, t = tiny_model(arch, num_classes=3), normal(0, 2, 3, 16, 16), uniform(1, 2)
