@@ -46,6 +46,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageColor
 from torch import nn
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 import liquidflow as lf
 import sample
@@ -388,6 +389,20 @@ def test_half_precision_stays_near_float32(seed, l, chunk):
     assert (found - exact).abs().max() <= 0.03 * exact.abs().max() + 0.03    # bfloat16: 3 digits
 
 
+def operations(function, l):
+    """Multiplications and additions in the matrix products of function, forward and backward."""
+    inputs = [v.requires_grad_() for v in ssd_inputs(0, 1, l, 1, 2, 4, 8)[:4]]
+    with FlopCounterMode(display=False) as counter:
+        function(*inputs)[0].sum().backward()
+    return counter.get_total_flops()
+
+
+def test_the_matrix_costs_l_squared_and_chunks_cost_l():
+    for function, power in (lf.ssd_quadratic, 2), (lf.ssd_chunked, 1):
+        growth = operations(function, 2048) / operations(function, 512)
+        assert growth == pytest.approx(4**power, rel=0.1), growth
+
+
 # ------------------------------------------------------------------------------------------------
 # §6  Mamba-2
 # ------------------------------------------------------------------------------------------------
@@ -419,6 +434,17 @@ def test_mamba2_is_its_formulas_token_by_token(l, chunk, ngroups, d_conv, seed):
     u = normal(seed, 2, l, 6)
     expected = mamba2_token_by_token(mixer, u)
     assert_close(mixer(u), expected, rtol=1e-9, atol=1e-9)    # measured 1e-14
+
+
+def test_mamba2_survives_large_numbers_in_half_precision():
+    torch.manual_seed(0)
+    mixer, u = lf.Mamba2(640, d_state=4, headdim=32), torch.randn(2, 20, 640)
+    with torch.no_grad():
+        mixer.D.fill_(3e4)     # y in the thousands: its square is too much for fp16, its norm nearly
+        exact = mixer(u)
+        with torch.autocast("cpu", torch.float16):
+            found = mixer(u).float()
+    assert (found - exact).norm() < 0.01 * exact.norm()    # measured 0.001
 
 
 def test_mamba2_has_the_official_names_shapes_and_starting_values():
