@@ -296,7 +296,7 @@ class ParallelCfC(nn.Module):
 
     f, g and h share one depthwise convolution (kernel_size, odd: ValueError if even) and one
     expansion to expand * dim channels. |cfc| <= 1, so |out| <= max(|x|, 1) everywhere. alpha
-    "constant" is 0.993 at any time, for comparison: 0.5^ts for a ts of 0.01, that no t moves.
+    "constant" is 0.993 = 0.5^0.01 at every t, for comparison.
     Source: Hasani et al. (2022) for the gate; the relaxation is the LTC solution of step 2.
     """
 
@@ -333,7 +333,7 @@ class ParallelCfC(nn.Module):
         ts = self.liquid_time(c)                                                # (B, dim)
         alpha = torch.exp(-math.log(2) * 4 ** torch.tanh(self.rho) * ts)        # (B, dim)
         if self.fixed_alpha:
-            alpha = self.fixed_alpha + 0 * alpha    # several GPUs expect a gradient of rho
+            alpha = self.fixed_alpha + 0 * alpha    # DDP wants a gradient of rho
         slope, offset = (-v.to(f.dtype)[:, :, None, None] for v in (ts, self.bias(c)))
         gate = torch.sigmoid(f * slope + offset)      # -(f * ts + b), the sign in small tensors
         return gate, alpha.to(x.dtype)[:, :, None, None]
@@ -389,10 +389,11 @@ def ssd_sequential(x, log_decay, Bm, Cm, initial_state=None):
 class Between(torch.autograd.Function):
     """a (..., l), and a dtype -> the decays between tokens, [t, s] = exp(a_{s+1} + ... + a_t).
 
-    (..., l, l), 1 for s >= t: mask what is multiplied with it. Each column is a sum of its own. To
-    subtract two entries of one running sum would lose digits: after a hundred decays of -60 it is
-    near -6000, where float32 numbers are 5e-4 apart. The way back needs no such sums: a_j stands in
-    every entry with s < j <= t, so with H = dL/d(decay) * decay, which is 0 where masked,
+    (..., l, l); 1 above the diagonal: mask what is multiplied with it there. Each column is a sum of
+    its own. To subtract two entries of one running sum would lose digits: after a hundred decays of
+    -60 it is near -6000, where float32 numbers are 5e-4 apart. The gradient is not exponentiated,
+    and may subtract: a_j is in every entry with s < j <= t, that is in rows from j on, less what
+    stands there in columns from j on. So, with H = dL/d(decay) * decay,
 
         dL/da_j = sum of H[t, s] over s < j <= t = sum over t >= j of (row t of H - column t of H)
     """
@@ -419,7 +420,7 @@ def carry_states(states, log_decay, carried=None):
         entering_{j+1} = exp(log_decay_j) * entering_j + states_j,   entering_0 = carried, or 0
 
     states (..., k, m), log_decay (..., k), carried (..., 1, m), results likewise; the last one is
-    float32 or wider. Chunks are the tokens of a masked product, 16 at a time: cost linear in k.
+    float32 or wider. Like M above, over chunks, 16 at a time: cost linear in k.
     """
     entering, short = [], states.shape[-2] <= 16             # one span needs no copies
     for S, a in [(states, log_decay)] if short else zip(
@@ -443,7 +444,7 @@ def ssd_chunked(x, log_decay, Bm, Cm, initial_state=None, chunk_size=None):
     """
     b, l, h, p = x.shape
     g, n, dtype = *Bm.shape[2:], x.dtype
-    default = max(64 if l <= 64 else 16, 2 ** round(math.log2(p * n) / 2))
+    default = l if l <= 64 else max(16, 2 ** round(math.log2(p * n) / 2))
     q = min(l, default if chunk_size is None else chunk_size)
     if q < 1:
         raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
@@ -527,7 +528,7 @@ class Mamba2(nn.Module):
     def forward(self, u):
         d_inner, d_bc, nheads, conv_dim = self.sizes
         z, xBC, dt = self.in_proj(u).split([d_inner, conv_dim, nheads], dim=-1)    # (b, l, ...)
-        # Padded by d_conv - 1 and cut on the right: causal. (conv1d would take a CPU longer.)
+        # Padded by d_conv - 1 and cut on the right: causal. (On a CPU conv1d is slower.)
         xBC = F.conv2d(xBC.transpose(1, 2)[:, :, None], self.conv1d.weight[:, :, None],
                        self.conv1d.bias, padding=(0, self.conv1d.weight.shape[2] - 1),
                        groups=conv_dim)
@@ -644,8 +645,8 @@ class Condition(nn.Module):
 class SpatialMix(nn.Module):
     """Local and global context without attention: (B, dim, H, W) -> (B, dim, H, W).
 
-    AdaLN has set the mean of each group of channels to that of shift(c); `whole` sees how channels
-    of a group differ. Up to 32 channels each is a group: there it only adds a bias that c steers.
+    AdaLN has taken away the mean of each group of channels; `whole` sees how those of a group
+    differ. Up to 32 channels each is a group by itself: there it only adds a bias that c steers.
     """
 
     def __init__(self, dim, kernel_size):
@@ -1328,8 +1329,7 @@ def ddim_sample(model, process, noise, steps, y=None, cfg_scale=1.0, callback=No
     return x
 
 
-# name -> sampler
-SAMPLERS = {"euler": euler_sample, "heun": heun_sample, "ddim": ddim_sample}
+SAMPLERS = {"euler": euler_sample, "heun": heun_sample, "ddim": ddim_sample}  # by name
 
 
 # ------------------------------------------------------------------------------------------------

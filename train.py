@@ -116,8 +116,8 @@ def scaled(images):
 
 
 def moved(tensor, device):
-    """A tensor on the device, without waiting for the work that is queued there already."""
-    return tensor.to(device, non_blocking=True)
+    """A tensor on the device; a GPU's queue of earlier work is not waited for."""
+    return tensor.to(device, non_blocking=torch.device(device).type == "cuda")
 
 
 class Pictures(DataSet):
@@ -896,7 +896,7 @@ class Log:
         self.sums, self.counts, self.images, self.start = Counter(), Counter(), 0, time.time()
 
     def add(self, errors, t, parts):
-        """One batch: the error of each picture (B,), its t (B,), the physics terms.
+        """A part of a batch: the error of each picture (B,), its t (B,), the physics terms.
 
         Sums stay on the device: to ask for a number would make the processor wait for it.
         """
@@ -982,7 +982,7 @@ class Precision:
         return [v for losses in self.seen for v in losses.values()]
 
     def check(self, step, numbers):
-        """Looks at these numbers, the last ones of which are those of this step.
+        """Looks at these numbers, of all steps since the last time, up to this one.
 
         ValueError after too many steps in a row that had to be skipped; one, without a scaler.
         """
@@ -1211,8 +1211,8 @@ def train(args, model, network, data, taesd, precision, stop, state=None):
         showing = done % args.sample_every == 0 or last
         saving = done % args.save_every == 0 or showing
         stopping = False
-        # Several processes stop together, or some would wait for ever: they ask at a row. One asks
-        # at every step. Only here does the processor wait for the device.
+        # Several processes must stop at the same step, so they look for a signal only at a row; one
+        # looks at every step. Only here does the processor wait for the device.
         if saving or done - first in (1, 3) or done % args.log_every == 0 or (
                 stop.signal and WORLD == 1):
             *row, seen, signals = summed(
