@@ -2357,6 +2357,140 @@ except OSError as error: print("one line:", error)
     assert lf.load_checkpoint(tmp_path / "ckpt.pt") == {"step": 1}
 
 
+def test_the_learning_rate_rises_in_a_line_and_falls_in_half_a_cosine():
+    rate = [train.learning_rate(step, 1100, 2.0) for step in range(1100)]
+    assert rate[:100] == pytest.approx([2 * (step + 1) / 100 for step in range(100)])
+    assert rate[100] == pytest.approx(2) and rate[600] == pytest.approx(1)
+    for i in range(500):    # a half-turn about its middle, ever steeper until there
+        assert rate[600 - i] + rate[600 + i] - 2 == pytest.approx(0, abs=1e-9)
+        assert rate[600 - i] > rate[601 - i] or not i
+    assert np.diff(rate[100:601], 2).max() < 1e-9 and 0 < rate[-1] < 1e-4
+    assert [train.learning_rate(step, 3, 1.0) for step in range(3)] == pytest.approx([1, 1, 0.5])
+    assert train.learning_rate(0, 1, 1.0) == 1    # a run of one step takes it
+
+
+def test_times_are_drawn_as_the_docstring_says():
+    torch.manual_seed(0)
+    for process in lf.PROCESSES.values():
+        t = train.draw_times(process(), 60_000, CPU)
+        assert t.shape == (60_000,) and 0 <= t.min() and t.max() <= 1
+        assert abs((t < 0.5).float().mean() - 0.5) < 0.01    # 5 sigma; symmetric
+        low, high = (t < 1 / 16).sum() / 200, (t > 15 / 16).sum() / 200    # of 300
+        expected = 8 if process.predicts == "velocity" else 300 / 16
+        assert low == pytest.approx(expected, abs=1) and high == pytest.approx(expected, abs=1)
+
+
+@pytest.mark.parametrize("arch", lf.ARCHS)
+def test_only_matrices_decay(arch):
+    model = shake(lf.create_model(arch, "nano", 16, num_classes=2, **TINY[arch]), 0)
+    before = copy.deepcopy(model.state_dict())
+    optimizer = train.make_optimizer(model, 0.1, 0.5, CPU)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for name, p in model.named_parameters():    # a matrix mixes: more than one input and output
+        matrix = sum(side > 1 for side in p.shape) >= 2
+        assert_close(p.detach(), before[name] * (0.95 if matrix else 1), msg=name)
+
+
+def test_the_held_out_loss_is_a_mean_over_eight_times():
+    flow, x0, noise = lf.RectifiedFlow(), normal(0, 5, 3, 4, 4), normal(1, 5, 3, 4, 4)
+    labels, seen = torch.arange(5), []
+
+    def model(x, t, y):
+        seen.extend(zip(t.tolist(), y.tolist()))
+        return x * t[:, None, None, None] + y[:, None, None, None]
+
+    found = train.held_out_loss(model, flow, lambda part: (x0[part], labels[part]), noise, batch=2)
+    times = [1 / 16, 3 / 16, 5 / 16, 7 / 16, 9 / 16, 11 / 16, 13 / 16, 15 / 16]
+    assert sorted(seen) == sorted(itertools.product(times, range(5)))    # each once
+    errors = [(model((1 - t) * x + t * z, torch.tensor([t]), y[None])[0] - (z - x)).square().mean()
+              for t in times for x, z, y in zip(x0, noise, labels)]
+    assert found == pytest.approx(torch.stack(errors).mean().item())
+
+
+def test_a_row_of_the_log_by_hand(tmp_path):
+    log = train.Log(tmp_path / "log.csv", ["tv"], CPU)
+
+    def row(step):
+        means = log.means(*train.summed(log.numbers(), CPU))
+        log.write(step=step, lr=0.5, **means)
+        return rows(tmp_path / "log.csv")[-1]
+
+    log.add(torch.tensor([1.0, 2, 3]), torch.tensor([0.1, 0.3, 0.2]), {"tv": torch.tensor(4.0)})
+    log.add(torch.tensor([6.0, 8]), torch.tensor([0.99, 1.0]), {"tv": torch.tensor(6.0)})
+    found = row(1)
+    assert [found[name] for name in ("step", "loss", "loss_t0", "loss_t1", "loss_t2", "loss_t3",
+                                     "tv", "lr")] == ["1", "4", "2", "2", "", "7", "5", "0.5"]
+    assert float(found["images_per_s"]) > 0 and not found["held_out"]
+    log.add(torch.tensor([9.0]), torch.tensor([0.5]), {"tv": torch.tensor(1.0)})
+    found = row(2)
+    assert (found["loss"], found["loss_t2"], found["loss_t0"], found["tv"]) == ("9", "9", "", "1")
+    assert [r["step"] for r in rows(tmp_path / "log.csv")] == ["1", "2"]
+
+
+@pytest.mark.parametrize("process", lf.PROCESSES)
+def test_a_run_is_its_formulas(process, tmp_path, monkeypatch):
+    """Three steps of train.py, recomputed in float64 from what they drew."""
+    seen, started, loss, loop = [], [], lf.PROCESSES[process].loss, train.train
+
+    def spy(self, model, x0, y=None, **options):
+        if options.get("reduction") == "none":    # in the loop, and not in a test of it
+            seen.append((x0, y, options["t"], options["noise"]))
+        return loss(self, model, x0, y, **options)
+
+    def begin(args, model, *rest):
+        started.append(copy.deepcopy(model))
+        return loop(args, model, *rest)
+
+    monkeypatch.setattr(lf.PROCESSES[process], "loss", spy)
+    monkeypatch.setattr(train, "train", begin)
+    monkeypatch.setattr(train, "SAMPLERS", dict.fromkeys(
+        lf.SAMPLERS, lambda model, process, noise, *rest, **options: noise))    # quicker
+    torch.set_default_dtype(torch.float64)
+    try:
+        train.main([*SMALL, "--steps", "3", "--lr", "0.02", "--weight_decay", "0.3", "--ema", "0.2",
+                    "--physics", "tv=60,intensity=90", "--labels", "--process", process,
+                    "--out", str(tmp_path / "run")])
+        model, path = started[0], lf.PROCESSES[process]()
+        names = [name for name, _ in model.named_parameters()]
+        w = {name: p.detach().clone() for name, p in model.named_parameters()}
+        average = {name: v.clone() for name, v in w.items()}
+        m, v = ({name: torch.zeros_like(p) for name, p in w.items()} for _ in range(2))
+        for step, (x0, y, t, noise) in enumerate(seen):
+            model.load_state_dict(w, strict=False)
+            alpha, sigma = (a[:, None, None, None] for a in path.alpha_sigma(t))
+            x_t = alpha * x0 + sigma * noise
+            answer = model(x_t, t, y)
+            if process == "flow":
+                total, guess = (answer - (noise - x0)).square().mean(), x_t - t[:, None, None, None] * answer
+            else:
+                total, guess = (answer - noise).square().mean(), (x_t - sigma * answer) / alpha
+            tv = sum(guess.diff(dim=axis).abs().mean((1, 2, 3)) for axis in (2, 3))
+            light = (guess.mean((2, 3)) - x0.mean((2, 3))).square().mean(1)
+            weight = alpha.flatten().square() * step / 500
+            total = total + (weight * (60 * tv + 90 * light)).mean()
+            grads = torch.autograd.grad(total, list(model.parameters()))
+            norm = torch.stack([g.square().sum() for g in grads]).sum().sqrt()
+            rate = 0.02 * [1, 1, 0.5][step]
+            for name, g in zip(names, grads):
+                g = g / max(1, norm + 1e-6)
+                m[name] = 0.9 * m[name] + 0.1 * g
+                v[name] = 0.99 * v[name] + 0.01 * g**2
+                decay = 0.3 if sum(side > 1 for side in g.shape) >= 2 else 0
+                w[name] = w[name] * (1 - rate * decay) - rate * (m[name] / (1 - 0.9 ** (step + 1))) / (
+                    (v[name] / (1 - 0.99 ** (step + 1))).sqrt() + 1e-8)
+                d = min(0.2, (1 + step) / (10 + step))
+                average[name] = d * average[name] + (1 - d) * w[name]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    state = lf.load_checkpoint(tmp_path / "run/ckpt.pt")
+    assert len(seen) == 3
+    for name in names:
+        assert_close(state["model"][name], w[name], rtol=1e-5, atol=1e-6, msg=name)
+        assert_close(state["ema"][name], average[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
 def one_weight(scaled=False):
     """A weight of three ones, and step(gradient, **losses) that moves it as the loop does.
 
