@@ -550,7 +550,7 @@ class Mamba2(nn.Module):
 
 
 # What mixes the tokens of a model: name -> class, made as cls(dim, d_state=, expand=, headdim=),
-# mapping (b, l, dim) to the same shape. "none" returns its input, for comparison.
+# mapping (b, l, dim) to the same shape, each sequence by itself. "none" returns its input.
 MIXERS = {"mamba2": Mamba2, "none": nn.Identity}
 
 
@@ -699,7 +699,6 @@ class LiquidUNet(nn.Module):
     """
 
     block = UNetBlock
-
     def __init__(self, image_size, in_channels, num_classes, channels=(64, 128, 256),
                  blocks=(2, 2, 4), cond_dim=256, time_scale=1000, **block_options):
         super().__init__()
@@ -838,7 +837,6 @@ class Overview(nn.Module):
     """
 
     features, cells = 8, 8
-
     def __init__(self, dim, grid, units):
         super().__init__()
         self.grid = grid
@@ -863,7 +861,6 @@ class LiquidPatch(nn.Module):
     """
 
     block, least_patch, most_cells = PatchBlock, 2, 32
-
     def __init__(self, image_size, in_channels, num_classes, dim=256, depth=4, cond_dim=256,
                  patch_size=0, d_state=64, expand=2, headdim=64, scan="zigzag", mixer="mamba2",
                  overview=128, time_scale=1000, **block_options):
@@ -1038,7 +1035,6 @@ class RectifiedFlow(Process):
     """
 
     predicts = "velocity"
-
     def alpha_sigma(self, t):
         """(1 - t, t), each (B,)."""
         return 1 - t, t
@@ -1102,7 +1098,7 @@ class VPDiffusion(Process):
         return indices.double() / max(T - 1, 1)
 
 
-# name -> class: the paths that a model can be trained and sampled on
+# name -> class: the paths that a model can learn; t = 0 is data, t = 1 noise, and it never turns
 PROCESSES = {"flow": RectifiedFlow, "diffusion": VPDiffusion}
 
 
@@ -1114,9 +1110,9 @@ PROCESSES = {"flow": RectifiedFlow, "diffusion": VPDiffusion}
 # energy, a conserved quantity, a spectrum. Each looks at x0_hat, the picture that the network
 # believes in, and costs nothing once training is over.
 #
-# They must not speak too loudly. x0_hat at high noise is rightly a blur, the mean of all pictures
-# that it could be; to ask it for sharp gradients is to ask for a worse answer. So every picture is
-# weighted by alpha(t)^2, the power of the picture in x_t, and the terms are warmed up.
+# They must stay weak. x0_hat at high noise is rightly a blur, the mean of all pictures that it could
+# be, and sharp gradients would be a worse answer. So every picture is weighted by alpha(t)^2, the
+# power of the picture in x_t, and the terms are warmed up.
 
 def picture_mean(x):
     """(B, ...) -> (B,): the mean over all but the first axis; 0 where there is nothing."""
@@ -1172,7 +1168,7 @@ def spectral_loss(p, q):
     return picture_mean((log_power(p) - log_power(q)).square())
 
 
-# name -> term(x0_hat, x0) -> (B,). A new one stays silent until PhysicsLoss gives it a weight.
+# name -> term(x0_hat, x0) -> (B,), >= 0, any C, H, W; 0 for plain grey. Silent until it has a weight
 PHYSICS = {
     "tv": lambda p, q: total_variation(p),
     "laplacian": lambda p, q: laplacian_energy(p),
@@ -1254,14 +1250,14 @@ def guided(model, x, t, y, cfg_scale):
     return torch.lerp(unconditional, conditional, cfg_scale)
 
 
-def walk(process, steps, predicts=("velocity", "noise")):
+def walk(process, steps, follows=("velocity", "noise")):
     """[(0, t, s), (1, t, s), ...]: the steps from t = 1 to 0, each from t to the next time s.
 
     ValueError for steps < 1, or a process whose prediction the sampler cannot use.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
-    if process.predicts not in predicts:
+    if process.predicts not in follows:
         raise ValueError(f"this sampler follows a velocity, but {type(process).__name__} predicts "
                          f"{process.predicts}: use ddim")
     times = [*process.times(steps).tolist(), 0.0]
@@ -1275,7 +1271,7 @@ def euler_sample(model, process, noise, steps, y=None, cfg_scale=1.0, callback=N
     ValueError for steps < 1 and for a process that does not predict velocity.
     """
     x = noise
-    for i, t, s in walk(process, steps, ["velocity"]):
+    for i, t, s in walk(process, steps, euler_sample.follows):
         velocity = guided(model, x, everywhere(t, x), y, cfg_scale)
         if callback:
             callback(i, x, process.split(x, everywhere(t, x), velocity)[0])
@@ -1287,7 +1283,7 @@ def euler_sample(model, process, noise, steps, y=None, cfg_scale=1.0, callback=N
 def heun_sample(model, process, noise, steps, y=None, cfg_scale=1.0, callback=None):
     """As euler_sample, but by Heun steps, the explicit trapezoidal rule (two calls each)."""
     x = noise
-    for i, t, s in walk(process, steps, ["velocity"]):
+    for i, t, s in walk(process, steps, heun_sample.follows):
         velocity = guided(model, x, everywhere(t, x), y, cfg_scale)
         if callback:
             callback(i, x, process.split(x, everywhere(t, x), velocity)[0])
@@ -1329,6 +1325,10 @@ def ddim_sample(model, process, noise, steps, y=None, cfg_scale=1.0, callback=No
     return x
 
 
+# What the tests hold each to: order of convergence, calls of the model a step, what it can follow
+euler_sample.order, euler_sample.calls, euler_sample.follows = 1, 1, ["velocity"]
+heun_sample.order, heun_sample.calls, heun_sample.follows = 2, 2, ["velocity"]
+ddim_sample.order, ddim_sample.calls, ddim_sample.follows = 1, 1, ["velocity", "noise"]
 SAMPLERS = {"euler": euler_sample, "heun": heun_sample, "ddim": ddim_sample}  # by name
 
 
@@ -1351,8 +1351,8 @@ class EMA:
     def update(self, model, finite=True):
         """average + (1 - decay) * (weight - average) for all weights; buffers are copied.
 
-        finite: False, or a tensor () that is, leaves the average as it is: nobody looks at it here,
-        and so nobody waits for a GPU. All weights at once are a few launches there, not thousands.
+        finite: False, or a tensor () that is, keeps the average; nobody waits for a GPU to tell. All
+        weights at once are a few launches there, not one for each.
         """
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1

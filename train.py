@@ -42,9 +42,11 @@ from torchvision.utils import make_grid
 from liquidflow import (
     ARCHS,
     EMA,
+    MIXERS,
     PHYSICS,
     PROCESSES,
     SAMPLERS,
+    SCANS,
     TAESD,
     TAESD_FILES,
     VARIANTS,
@@ -81,6 +83,7 @@ DEFAULTS = {
     "large": {"steps": 100_000, "batch_size": 64, "lr": 1e-4},
     "512": {"steps": 100_000, "batch_size": 16, "lr": 2e-4},
 }
+FROM_VARIANT = "steps", "batch_size", "lr"    # what is in each row
 
 
 # ------------------------------------------------------------------------------------------------
@@ -789,16 +792,17 @@ def first_come_first(make):
 # ------------------------------------------------------------------------------------------------
 
 def physics_weights(text):
-    """--physics: "on" (the default weights), "off", or name=weight,name=weight."""
-    if text in ("on", "off"):
-        return PhysicsLoss.DEFAULT if text == "on" else {}
+    """--physics: "off", "on" (the default weights), name=weight,..., or on,name=weight,..."""
     weights = {}
-    for part in text.split(","):
+    for part in [] if text == "off" else text.split(","):
         name, _, value = part.partition("=")
-        if name not in PHYSICS:
+        if part == "on":
+            weights.update(PhysicsLoss.DEFAULT)
+        elif name in PHYSICS:
+            weights[name] = number(float, 0)(value)
+        else:
             raise argparse.ArgumentTypeError(
                 f"{part!r}: give on, off, or name=weight with names from {', '.join(PHYSICS)}")
-        weights[name] = number(float, 0)(value)
     return weights
 
 
@@ -1080,16 +1084,23 @@ def check_same_pictures(state, data):
 def load_run(args):
     """The checkpoint in --out, if it is of a run with these arguments; ValueError that names those
     that differ. None if a run was begun there, but nothing was saved yet.
+
+    Steps, batch size and rate that were not given become those of the run. An option that is newer
+    than the run had its default then.
     """
     path = Path(args.out) / "ckpt.pt"
     if not path.exists() and (path.parent / "log.csv").exists():
-        print(f"{path.parent}: nothing was saved yet; starting from the beginning")
+        if not RANK:
+            print(f"{path.parent}: nothing was saved yet; starting from the beginning")
         return None
-    state = load_state(path)
+    state, default = load_state(path), make_parser().get_default
+    for name in FROM_VARIANT:
+        if getattr(args, name) is None and not (name == "steps" and args.epochs):
+            setattr(args, name, state["args"][name])
     differ = [name for name, value in vars(args).items()
-              if name not in MAY_CHANGE and state["args"].get(name) != value]
+              if name not in MAY_CHANGE and state["args"].get(name, default(name)) != value]
     if differ:
-        told = ", ".join(typed(name, state["args"].get(name)) for name in differ)
+        told = ", ".join(typed(name, state["args"].get(name, default(name))) for name in differ)
         raise ValueError(f"{path} was started with {told}: resume it so")
     return state
 
@@ -1264,15 +1275,20 @@ def peak_memory(device):
     return f"{peak / (2**30 if sys.platform == 'darwin' else 2**20):.2f} GiB"
 
 
-def parse_arguments(argv=None):
-    """The command line; what is not given takes the default of its variant."""
+def make_parser():
+    """The command line's options."""
+    variants = dict.fromkeys(name for table in VARIANTS.values() for name in table)
+    options = dict.fromkeys(
+        name for part in (*ARCHS.values(), *(model.block for model in ARCHS.values()))
+        for name, option in inspect.signature(part).parameters.items()
+        if option.default is not option.empty)
     parser = Parser(description="Train a LiquidFlow model. --steps, --batch_size and --lr have "
                                 "defaults for each variant: see DEFAULTS in train.py.")
     add = parser.add_argument
     add("--arch", choices=ARCHS, default="patch", help="the model")
     add("--process", choices=PROCESSES, help="what it learns; if not given, what it was made for")
     add("--variant", "--model_size", default="tiny",
-        help="its size: nano, tiny, small, base, 512 or large")
+        help=f"its size: {', '.join(variants)}; not every model has all")
     add("--dataset", choices=DATASETS, default="shapes",
         help="shapes needs no download; folder is any pictures of yours")
     add("--data_dir", help="the folder of pictures, or of LSUN; where to keep a download (data)")
@@ -1295,9 +1311,12 @@ def parse_arguments(argv=None):
     add("--weight_decay", type=number(float, 0), default=0.01, help="of AdamW, for matrices")
     add("--ema", type=number(float, 0, 1), default=0.999, help="decay of the averaged weights")
     add("--physics", type=physics_weights,
-        help="on, off, or name=weight,...; if not given, on for pictures and off for latents")
+        help="on, off, name=weight,... or on,name=weight,...; if not given, on for pictures and off "
+             f"for latents. Names: {', '.join(PHYSICS)}")
     add("--override", type=override, action="append", default=[], metavar="KEY=VALUE",
-        help="an option of the model, as create_model takes it; may be repeated")
+        help=f"an option of the model; may be repeated. KEY: {', '.join(options)} (not every model "
+             f"has all); scan is one of {', '.join(SCANS)}, mixer of {', '.join(MIXERS)}, alpha "
+             "liquid or constant")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="same seed: same run")
     add("--out", help="folder of the run; runs/<arch>-<variant>-<dataset> if not given")
     old = parser.add_mutually_exclusive_group()
@@ -1311,13 +1330,18 @@ def parse_arguments(argv=None):
     add("--log_every", type=number(int, 1), default=50, help="steps between rows of log.csv")
     add("--sample_every", type=number(int, 1), default=1000, help="steps between sample pictures")
     add("--save_every", type=number(int, 1), default=500, help="steps between checkpoints")
+    return parser
+
+
+def parse_arguments(argv=None):
+    """The command line; what is not given takes the default of its variant or, resumed, its run."""
+    parser = make_parser()
     args = parser.parse_args(argv)
     if args.variant not in VARIANTS[args.arch]:
         parser.error(f"--variant {args.variant}: {args.arch} comes as "
                      f"{', '.join(VARIANTS[args.arch])}")
-    for name, value in DEFAULTS[args.variant].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    if not args.resume:
+        fill_in(args)
     args.process = args.process or PROCESS_OF[args.arch]
     made_for_latents = args.arch == "mamba" and args.image_size >= LATENTS_FROM
     args.latents = args.latents or ("taesd" if made_for_latents else "off")
@@ -1329,6 +1353,13 @@ def parse_arguments(argv=None):
         parser.error("--taesd_dir is for --latents, which are off")
     args.out = args.out or f"runs/{args.arch}-{args.variant}-{args.dataset}"
     return args
+
+
+def fill_in(args):
+    """Gives steps, batch size and rate that were not given the defaults of the variant."""
+    for name in FROM_VARIANT:
+        if getattr(args, name) is None:
+            setattr(args, name, DEFAULTS[args.variant][name])
 
 
 def run(args):
@@ -1347,6 +1378,8 @@ def run(args):
             (out / "samples").resolve().is_relative_to(Path(args.data_dir).resolve())):
         raise ValueError(f"--out {out} is inside --data_dir {args.data_dir}: the run would train "
                          "on its own samples")
+    state = load_run(args) if args.resume else None
+    fill_in(args)    # for a run that is to be resumed, and was never saved
     if args.batch_size % (WORLD * args.grad_accum):
         raise ValueError(f"--batch_size {args.batch_size} is no multiple of {WORLD} processes "
                          f"times --grad_accum {args.grad_accum}")
@@ -1354,7 +1387,6 @@ def run(args):
     if args.compile:
         check_compiler(device)
     join_group(device)
-    state = load_run(args) if args.resume else None
     taesd, side, channels = None, args.image_size, 3
     if args.latents != "off":
         if args.image_size < LATENTS_FROM:
