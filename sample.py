@@ -37,6 +37,7 @@ from liquidflow import (
     create_model,
     sides,
     total_variation,
+    walk,
     write_whole,
 )
 from train import (
@@ -45,6 +46,7 @@ from train import (
     TEST_SEED,
     Parser,
     Progress,
+    Refused,
     check_same_pictures,
     decoded,
     duration,
@@ -58,6 +60,7 @@ from train import (
     pick_device,
     sampler_options,
     scaled,
+    user_data,
 )
 
 EXPORT_GAP = 1e-3    # the largest error of an exported model that is let through
@@ -88,7 +91,7 @@ def load_model(path, device):
         return model.to(device).eval(), process, state
     except (KeyError, TypeError, RuntimeError, ValueError, AttributeError) as error:
         reason = str(error).split("\n")[0]    # a line, where load_state_dict lists every weight
-        raise ValueError(f"{path}: its contents do not fit together ({reason})") from None
+        raise Refused(f"{path}: its contents do not fit together ({reason})") from None
 
 
 def draw_noise(n, shape, seed):
@@ -111,7 +114,7 @@ def wanted(args, classes, data):
     numbers.update({name: i for i, name in enumerate(classes)})    # a name goes before a number
     for name in args.label or []:
         if name not in numbers:
-            raise ValueError(f"--label {name}: this model knows {', '.join(classes)}")
+            raise Refused(f"--label {name}: this model knows {', '.join(classes)}")
     rows = [numbers[name] for name in args.label or classes[:args.n]]
     each = math.ceil(args.n / len(rows))
     return torch.tensor(rows).repeat_interleave(each), each if min(len(rows), each) > 1 else None
@@ -151,9 +154,9 @@ def reconstruct(args, device):
             with Image.open(path) as image:
                 picture = fit_picture(image, size)
         except Exception as error:    # noqa: BLE001 - decoders fail in many ways
-            raise ValueError(f"{path}: not a picture that can be read ({error})") from None
+            raise Refused(f"{path}: not a picture that can be read ({error})") from None
         before = scaled(picture)[None]                                         # (1, 3, H, W)
-        with torch.no_grad():
+        with torch.no_grad(), user_data():
             after = taesd.decode(taesd.encode(before.to(device))).cpu()
         psnr = -10 * math.log10(max((after - before).square().mean().item() / 4, 1e-10))
         print(f"{path}: PSNR {psnr:.1f} dB at {size}x{size}")
@@ -272,11 +275,11 @@ def data_of(state, args, device):
     old = argparse.Namespace(**state["args"])
     held_out = len(held_out_split(state["pictures"], TEST_SEED)[1])
     if args.evaluate > held_out:
-        raise ValueError(f"--evaluate {args.evaluate}: the run has {held_out} held-out pictures to "
+        raise Refused(f"--evaluate {args.evaluate}: the run has {held_out} held-out pictures to "
                          "compare with, and as many samples are drawn")
     old.data_dir = args.data_dir or old.data_dir
     if old.data_dir and not Path(old.data_dir).is_dir():
-        raise ValueError(f"there is no folder {old.data_dir}: tell with --data_dir where the "
+        raise Refused(f"there is no folder {old.data_dir}: tell with --data_dir where the "
                          "pictures lie that the run was trained on")
     data = DATASETS[old.dataset](old, device)
     check_same_pictures(state, data)
@@ -324,7 +327,7 @@ class Gates:
                 name = name.replace("blocks", "block").replace(".cfc_", " ").replace(".cfc", "")
                 self.layers[name.replace(".", " ", 1)] = module
         if not self.layers:
-            raise ValueError("--gates: this model has no CfC, and so no gates")
+            raise Refused("--gates: this model has no CfC, and so no gates")
         self.moments = sorted({round(i * (steps - 1) / 5) for i in range(6)})
         self.latest, self.maps, self.guesses = {}, {}, {}
         self.means, self.single = ([[] for _ in range(steps)] for _ in range(2))
@@ -517,7 +520,7 @@ def export(path, model, process, taesd, state):
         for name in ("onnx", "onnxscript", "onnxruntime") if suffix == ".onnx" else ():
             importlib.import_module(name)
     except ImportError as error:
-        raise ValueError(f"--export {path}: {error}; pip install onnx onnxscript onnxruntime, or "
+        raise Refused(f"--export {path}: {error}; pip install onnx onnxscript onnxruntime, or "
                          "export a .pt2, which needs none of them") from None
     latents, classes = state["latents"], model.config["num_classes"]
     shape = model.config["in_channels"], *sides(model.config["image_size"])
@@ -543,11 +546,11 @@ def export(path, model, process, taesd, state):
                 gaps = [(again(v) - module(*v.values())).abs().max() for v in others]
         except Exception as error:    # noqa: BLE001 - exporters fail in many ways
             reason = str(error).strip().split("\n")[0]
-            raise ValueError(f"{target}: torch {torch.__version__} cannot export this model "
+            raise Refused(f"{target}: torch {torch.__version__} cannot export this model "
                              f"({type(error).__name__}: {reason}); a newer one may") from None
         gap = torch.stack(gaps).max().item()    # nan if one of them is
         if not gap <= EXPORT_GAP:
-            raise ValueError(f"{target}: not written: its answers are up to {gap:.1e} from the "
+            raise Refused(f"{target}: not written: its answers are up to {gap:.1e} from the "
                              f"model's, and {EXPORT_GAP:.0e} is allowed")
         halves = 2 * sum(value.numel() for value in module.state_dict().values())
         line = (f"{target}: {', '.join(names)} -> {output}; {len(data) / 2**20:.2f} MiB in fp32, "
@@ -624,10 +627,10 @@ def run(args):
                             (args.export, ".onnx", ".pt2")):
         if path is not None and (Path(path).suffix.lower() not in suffixes or Path(path).is_dir()
                                  or not Path(path).parent.is_dir()):
-            raise ValueError(f"{path!r}: give a file ending in {' or '.join(suffixes)}, in a "
+            raise Refused(f"{path!r}: give a file ending in {' or '.join(suffixes)}, in a "
                              "folder that exists")
     if args.gates and Path(args.gates).resolve() == Path(args.out).resolve():
-        raise ValueError(f"--gates {args.gates}: is where --out goes; give it another name")
+        raise Refused(f"--gates {args.gates}: is where --out goes; give it another name")
     device = pick_device("cpu" if args.export else args.device)    # a file would remember which
     if args.reconstruct:
         return reconstruct(args, device)
@@ -635,7 +638,7 @@ def run(args):
     model, process, state = load_model(path, device)
     latents = state["latents"]
     if args.taesd_dir and not latents:
-        raise ValueError(f"--taesd_dir is for models of latents; {path} draws pixels")
+        raise Refused(f"--taesd_dir is for models of latents; {path} draws pixels")
     taesd = load_taesd(latents["name"], args.taesd_dir or state["args"].get("taesd_dir"),
                        device) if latents else None
     if args.export:
@@ -646,15 +649,17 @@ def run(args):
         return decoded(x, taesd, latents).cpu()
 
     name = args.sampler or SAMPLER_OF[process.predicts]
+    with user_data():    # before anything is drawn: can it follow this process in so many steps?
+        walk(process, args.steps, SAMPLERS[name].follows)
     options = sampler_options(name, latents)
     if args.eta:
         if name != "ddim":
-            raise ValueError(f"--eta {args.eta}: only --sampler ddim draws fresh noise, not {name}")
+            raise Refused(f"--eta {args.eta}: only --sampler ddim draws fresh noise, not {name}")
         options.update(eta=args.eta, generator=torch.Generator(device).manual_seed(args.seed))
 
     classes = model.config["num_classes"]
     if not classes and (args.label or args.cfg is not None):
-        raise ValueError(f"{path}: knows no classes; --label and --cfg need a model that was "
+        raise Refused(f"{path}: knows no classes; --label and --cfg need a model that was "
                          "trained with --labels")
     data = data_of(state, args, device) if args.evaluate else None
     count, columns, y = args.evaluate or args.n, None, None

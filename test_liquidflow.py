@@ -2877,6 +2877,19 @@ def test_a_resumed_run_keeps_what_it_is_not_told(tmp_path, monkeypatch, capsys):
     refused(train.main, [*some, "--resume", "--lr", "0.1"], capsys, "--lr 0.004")
 
 
+def test_only_what_a_user_can_mend_is_told_in_one_line(trained, monkeypatch):
+    def slip(*arguments):
+        return int("a slip of the programmer's")    # keeps its traceback
+
+    monkeypatch.setattr(train, "draw_times", slip)
+    monkeypatch.setattr(sample, "draw_noise", slip)
+    monkeypatch.chdir(trained)
+    for main, arguments in ((train.main, [*SMALL, "--steps", "1", "--out", "slip"]),
+                            (sample.main, ["--ckpt", "patch/ckpt.pt", "--out", "slip.png"])):
+        with pytest.raises(ValueError, match="a slip"):
+            main(arguments)
+
+
 def test_names_of_other_command_lines():
     args = train.parse_arguments(["--model_size", "small", "--img_size", "128", "--epochs", "3"])
     assert (args.variant, args.image_size, args.epochs) == ("small", 128, 3)

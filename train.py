@@ -86,6 +86,19 @@ DEFAULTS = {
 FROM_VARIANT = "steps", "batch_size", "lr"    # what is in each row
 
 
+class Refused(ValueError):
+    """What a user can mend: told in one line, without a traceback. Other errors are ours."""
+
+
+@contextlib.contextmanager
+def user_data():
+    """Within it, a ValueError is about something that the user gave, and becomes Refused."""
+    try:
+        yield
+    except ValueError as error:
+        raise Refused(error) from None
+
+
 # ------------------------------------------------------------------------------------------------
 # Data. A data set has len(), the number of its pictures, .labels (N,) and .classes (their names).
 # data[indices] gives pictures (B, 3, H, W) in [-1, 1] on its device; picture i + len(data) is
@@ -179,7 +192,7 @@ class Streamed(DataSet):
     def checked(self, images):
         """What read() returned -> pictures in [-1, 1] on the device. ValueError if it is text."""
         if not torch.is_tensor(images):
-            raise ValueError(f"a picture cannot be read: {images}; mend it, or put another one in "
+            raise Refused(f"a picture cannot be read: {images}; mend it, or put another one in "
                              "its place (a run that has been saved goes on with --resume)")
         return scaled(moved(images, self.device))
 
@@ -309,7 +322,7 @@ class Files:
             with Image.open(self.paths[i]) as image:
                 return self.fit(image), self.labels[i]
         except Exception as error:    # noqa: BLE001 - as above
-            raise ValueError(f"{self.paths[i]} ({error})") from None
+            raise Refused(f"{self.paths[i]} ({error})") from None
 
 
 def folder(root, fit):
@@ -319,7 +332,7 @@ def folder(root, fit):
     once, and not found in the middle of a night.
     """
     if not root or not root.is_dir():
-        raise ValueError("--dataset folder needs --data_dir, a folder of pictures"
+        raise Refused("--dataset folder needs --data_dir, a folder of pictures"
                          + (f"; there is no folder {root}" if root else ""))
     found = sorted(p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
     progress, paths, folders = Progress("checking pictures", len(found)), [], []
@@ -335,7 +348,7 @@ def folder(root, fit):
         progress(i + 1)
     progress.close()
     if not paths:
-        raise ValueError(f"no picture in {root} could be read; files ending in "
+        raise Refused(f"no picture in {root} could be read; files ending in "
                          f"{' '.join(sorted(EXTENSIONS))} are looked for")
     classes = sorted(set(folders))
     number_of = {name: i for i, name in enumerate(classes)}
@@ -414,14 +427,14 @@ class LSUN:
         try:
             return self.fit(Image.open(io.BytesIO(content))), self.labels[i]
         except Exception as error:    # noqa: BLE001 - a damaged picture, as above
-            raise ValueError(f"{path}, {self.keys[i].decode()} ({error})") from None
+            raise Refused(f"{path}, {self.keys[i].decode()} ({error})") from None
 
 
 def lsun(root, fit):
     """The training pictures of every category of LSUN that there is in a folder."""
     folders = sorted(root.glob("*_train_lmdb")) if root else []
     if not folders:
-        raise ValueError("--dataset lsun needs --data_dir, a folder with bedroom_train_lmdb, or "
+        raise Refused("--dataset lsun needs --data_dir, a folder with bedroom_train_lmdb, or "
                          "other categories, in it; github.com/fyu/lsun has a script that downloads "
                          f"them{f'. There is none in {root}' if root else ''}")
     source = LSUN(folders, fit)
@@ -452,18 +465,18 @@ def stored(make, side=math.inf, package=None, files=None):
             if package:
                 importlib.import_module(package)
         except ImportError:
-            raise ValueError(f"--dataset {name} needs {package}: pip install {package}") from None
+            raise Refused(f"--dataset {name} needs {package}: pip install {package}") from None
         root = args.data_dir or ("data" if files else None)
         socket.setdefaulttimeout(30)    # torchvision would wait for ever on a silent host
         try:
             source, labels, classes = make(
                 root and Path(root), functools.partial(fit_picture, size=size))
-        except ValueError:
+        except Refused:
             raise
         except Exception as error:    # noqa: BLE001 - of torchvision, gdown, lmdb, an archive ...
             hint = (f". --dataset shapes needs no download; what you download yourself goes to "
                     f"{root}, as {files}" if files else "")
-            raise ValueError(f"--dataset {name}: {str(error).rstrip('.')}{hint}") from None
+            raise Refused(f"--dataset {name}: {str(error).rstrip('.')}{hint}") from None
         key = f"{name} {len(source)} {listing(source, root)}"
         if args.max_images and args.max_images < len(source):
             chosen = torch.randperm(len(source), generator=torch.Generator().manual_seed(TEST_SEED))
@@ -485,7 +498,7 @@ def stored(make, side=math.inf, package=None, files=None):
             progress(i + 1)
         progress.close()
         if not kept:
-            raise ValueError(f"--dataset {name}: no picture could be read")
+            raise Refused(f"--dataset {name}: no picture could be read")
         return Pictures(images[:len(kept)], torch.tensor(labels)[kept], classes, device, key)
     return load
 
@@ -542,10 +555,11 @@ def shuffled(indices, batch_size, seed, skip=0, mirror=0):
 
 def load_taesd(name, folder, device):
     """The autoencoder of that name, from a folder of the user's, or downloaded if that is None."""
-    if folder is None:
-        return TAESD.pretrained(name).to(device)
-    paths = (Path(folder) / f"{name}_{half}.pth" for half in ("encoder", "decoder"))
-    return TAESD.load(*paths).to(device)
+    with user_data():
+        if folder is None:
+            return TAESD.pretrained(name).to(device)
+        paths = (Path(folder) / f"{name}_{half}.pth" for half in ("encoder", "decoder"))
+        return TAESD.load(*paths).to(device)
 
 
 @torch.no_grad()
@@ -580,9 +594,10 @@ def cached_latents(data, taesd, args, device):
     path = Path(args.out).parent / (
         f"latents-{args.dataset}-{args.image_size}-{args.latents}-{key[:12]}.pt")
     if path.exists():
-        saved = load_checkpoint(path)
+        with user_data():
+            saved = load_checkpoint(path)
         if not isinstance(saved, dict) or saved.get("key") != key:
-            raise ValueError(f"{path}: made from other pictures, or by another autoencoder, than "
+            raise Refused(f"{path}: made from other pictures, or by another autoencoder, than "
                              "its name says; remove it, and they are encoded again")
         print(f"latents from {path}")
         return saved["latents"]
@@ -741,7 +756,7 @@ def pick_device(name):
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+        raise Refused(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
     device = torch.device(name)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)    # whose memory and random state are asked for later
@@ -950,7 +965,7 @@ class Precision:
             name = "off" if device.type != "cuda" else (
                 "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16")
         if name == "fp16" and device.type == "cpu":
-            raise ValueError("--amp fp16 needs a GPU; on a CPU, bf16 and off work")
+            raise Refused("--amp fp16 needs a GPU; on a CPU, bf16 and off work")
         self.device = device
         self.dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
@@ -998,7 +1013,7 @@ class Precision:
             if self.row == 1:
                 self.first = f"not finite at step {i}: {' and '.join(wrong[:-1] or wrong)}"
             if self.row >= (self.in_a_row if self.scaler.is_enabled() else 1):
-                raise ValueError(f"{self.first}; a lower --lr may help. What was saved last is "
+                raise Refused(f"{self.first}; a lower --lr may help. What was saved last is "
                                  "kept")
         self.seen = []
 
@@ -1008,7 +1023,7 @@ def check_compiler(device):
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
     except RuntimeError as error:
-        raise ValueError("--compile: torch.compile does not work here: "
+        raise Refused("--compile: torch.compile does not work here: "
                          + str(error).split("\n\n")[0]) from None    # without advice to debug it
 
 
@@ -1062,11 +1077,12 @@ def typed(name, value):
 
 def load_state(path):
     """A checkpoint of train.py. ValueError or FileNotFoundError, naming it, if it is not one."""
-    state = load_checkpoint(path)
+    with user_data():
+        state = load_checkpoint(path)
     if not isinstance(state, dict) or "version" not in state:
-        raise ValueError(f"{path}: not a checkpoint of train.py")
+        raise Refused(f"{path}: not a checkpoint of train.py")
     if state["version"] != CHECKPOINT_VERSION:
-        raise ValueError(f"{path}: written by another version of train.py (its checkpoints are of "
+        raise Refused(f"{path}: written by another version of train.py (its checkpoints are of "
                          f"version {state['version']}, this program reads {CHECKPOINT_VERSION})")
     return state
 
@@ -1074,10 +1090,10 @@ def load_state(path):
 def check_same_pictures(state, data):
     """ValueError if a checkpoint's run had other pictures, or held out others, than data has."""
     if state["pictures"] != len(data):
-        raise ValueError(f"the run was started with {state['pictures']} pictures, and here are "
+        raise Refused(f"the run was started with {state['pictures']} pictures, and here are "
                          f"{len(data)}")
     if list(state["classes"]) != list(data.classes):
-        raise ValueError(f"the run was started with the classes {', '.join(state['classes'])}, "
+        raise Refused(f"the run was started with the classes {', '.join(state['classes'])}, "
                          f"and here are {', '.join(data.classes)}")
 
 
@@ -1101,7 +1117,7 @@ def load_run(args):
               if name not in MAY_CHANGE and state["args"].get(name, default(name)) != value]
     if differ:
         told = ", ".join(typed(name, state["args"].get(name, default(name))) for name in differ)
-        raise ValueError(f"{path} was started with {told}: resume it so")
+        raise Refused(f"{path} was started with {told}: resume it so")
     return state
 
 
@@ -1111,10 +1127,10 @@ def check_goes_on(state, args, data):
     was, now = state["latents"], data.latents
     if now and (was["mean"].shape != now["mean"].shape
                 or not torch.allclose(was["mean"], now["mean"], atol=0.01)):
-        raise ValueError(f"the run in {args.out} was started with other latents: other pictures, "
+        raise Refused(f"the run in {args.out} was started with other latents: other pictures, "
                          "or other weights of the autoencoder")
     if state["step"] >= args.steps:
-        raise ValueError(f"the run in {args.out} has had its {state['step']} steps; to go on, give "
+        raise Refused(f"the run in {args.out} has had its {state['step']} steps; to go on, give "
                          "more --steps")
 
 
@@ -1170,7 +1186,7 @@ def train(args, model, network, data, taesd, precision, stop, state=None):
         """Writes ckpt.pt: all that the run needs to go on, and what sample.py needs."""
         weights = [*model.parameters(), *ema.model.parameters()]
         if not torch.stack(torch._foreach_norm(weights)).isfinite().all():
-            raise ValueError(f"not finite after step {step}: weights; a lower --lr may help. What "
+            raise Refused(f"not finite after step {step}: weights; a lower --lr may help. What "
                              "was saved last is kept")
         save_checkpoint(out / "ckpt.pt", {
             "version": CHECKPOINT_VERSION, "config": model.config, "process": args.process,
@@ -1372,16 +1388,16 @@ def run(args):
     out = Path(args.out)
     old = [path for name in RUN_FILES for path in out.glob(name)]
     if old and not args.overwrite and not args.resume and not RANK:
-        raise ValueError(f"{out} already holds a run: --resume goes on with it, --overwrite "
+        raise Refused(f"{out} already holds a run: --resume goes on with it, --overwrite "
                          "replaces it, another --out leaves it alone")
     if args.dataset == "folder" and args.data_dir and (
             (out / "samples").resolve().is_relative_to(Path(args.data_dir).resolve())):
-        raise ValueError(f"--out {out} is inside --data_dir {args.data_dir}: the run would train "
+        raise Refused(f"--out {out} is inside --data_dir {args.data_dir}: the run would train "
                          "on its own samples")
     state = load_run(args) if args.resume else None
     fill_in(args)    # for a run that is to be resumed, and was never saved
     if args.batch_size % (WORLD * args.grad_accum):
-        raise ValueError(f"--batch_size {args.batch_size} is no multiple of {WORLD} processes "
+        raise Refused(f"--batch_size {args.batch_size} is no multiple of {WORLD} processes "
                          f"times --grad_accum {args.grad_accum}")
     precision = Precision(args.amp, device)
     if args.compile:
@@ -1402,12 +1418,12 @@ def run(args):
             make_model()                           # not after a download
     except ValueError as error:
         eighth = f"; latents have an eighth of --image_size {args.image_size}" if taesd else ""
-        raise ValueError(f"{error}{eighth}") from None
+        raise Refused(f"{error}{eighth}") from None
     data = first_come_first(lambda: DATASETS[args.dataset](args, device))
     if len(data) < 2:
-        raise ValueError("one picture is too few: one is held out, and none is left to train on")
+        raise Refused("one picture is too few: one is held out, and none is left to train on")
     if args.labels and (len(data.classes) < 2 or "" in data.classes):
-        raise ValueError(f"--labels: not all pictures of --dataset {args.dataset} have a class; "
+        raise Refused(f"--labels: not all pictures of --dataset {args.dataset} have a class; "
                          "those of a folder are its sub-folders, two or more")
     if taesd:
         data = Latents(first_come_first(lambda: cached_latents(data, taesd, args, device)),
@@ -1446,7 +1462,7 @@ def guarded(program, args, smaller):
     """program(args); what a user can mend is a line and exit code 2. smaller: to save memory."""
     try:
         program(args)
-    except (ValueError, OSError) as error:
+    except (Refused, OSError) as error:
         fail(error)
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, MemoryError) or any(words in str(error) for words in (
