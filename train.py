@@ -1153,7 +1153,15 @@ def train(args, model, network, data, taesd, precision, stop, state=None):
 
     network: the model, or its compiled form. taesd: decodes what is drawn, if data are latents.
     state: the checkpoint that a resumed run starts from; it then goes through the same numbers as
-    a run that was never stopped.
+    a run that was never stopped. Step n = 1, 2 ... does, with rate = learning_rate(n - 1):
+
+        loss = mean of process.loss + PhysicsLoss(x0_hat, x0, alpha(t), n - 1)
+        g    = gradient of the loss / max(1, its norm)
+        m, v = 0.9 m + 0.1 g,  0.99 v + 0.01 g^2                    (AdamW)
+        w    = (1 - rate * decay) w - rate * m / (1 - 0.9^n) / (sqrt(v / (1 - 0.99^n)) + 1e-8)
+        average = d * average + (1 - d) w,    d = min(ema, n / (9 + n))
+
+    decay is 0 but for matrices; a step whose gradient is not finite is left out.
     """
     process = PROCESSES[args.process]()
     training, held_out = held_out_split(len(data), TEST_SEED)
