@@ -2321,6 +2321,10 @@ def same_bits(a, b):
 WEIGHTS = ["step", "model", "ema", "updates", "optimizer", "random"]
 
 
+# ------------------------------------------------------------------------------------------------
+# train.py: stopping and going on
+# ------------------------------------------------------------------------------------------------
+
 def test_a_run_that_is_killed_and_resumed_ends_in_the_same_bits(tmp_path):
     """KILLS=30 python -m pytest -k killed: as many kills, at random moments."""
     options = [*SMALL, "--steps", "200", "--save_every", "5", "--log_every", "7"]
@@ -2468,6 +2472,10 @@ except OSError as error: print("one line:", error)
     assert ("one line" in done.stdout) == (how[0] == "r"), done.stderr
     assert lf.load_checkpoint(tmp_path / "ckpt.pt") == {"step": 1}
 
+
+# ------------------------------------------------------------------------------------------------
+# train.py: the recipe
+# ------------------------------------------------------------------------------------------------
 
 def test_the_learning_rate_rises_in_a_line_and_falls_in_half_a_cosine():
     rate = [train.learning_rate(step, 1100, 2.0) for step in range(1100)]
@@ -2713,6 +2721,10 @@ def test_the_processor_asks_the_device_only_when_a_row_is_due(process, tmp_path,
     assert set(between) == {1, 3, 10, 20} and max(between[10], between[20]) == 1, between
 
 
+# ------------------------------------------------------------------------------------------------
+# train.py and sample.py: labels
+# ------------------------------------------------------------------------------------------------
+
 def test_the_network_is_told_what_nine_in_ten_pictures_show(tmp_path, monkeypatch, capsys):
     for i in range(24):                          # what a picture shows is how bright it is
         (tmp_path / "pictures" / "abc"[i % 3]).mkdir(parents=True, exist_ok=True)
@@ -2837,6 +2849,10 @@ def test_gates_need_a_liquid_layer(tmp_path, monkeypatch, capsys):
     assert not Path("gates.png").exists()
 
 
+# ------------------------------------------------------------------------------------------------
+# The command line: defaults, names, what is a user's error
+# ------------------------------------------------------------------------------------------------
+
 def test_every_variant_has_training_defaults_and_is_named_in_the_help():
     variants = {variant for table in lf.VARIANTS.values() for variant in table}
     assert set(train.DEFAULTS) == variants
@@ -2894,6 +2910,10 @@ def test_names_of_other_command_lines():
     args = train.parse_arguments(["--model_size", "small", "--img_size", "128", "--epochs", "3"])
     assert (args.variant, args.image_size, args.epochs) == ("small", 128, 3)
 
+
+# ------------------------------------------------------------------------------------------------
+# train.py: the same run by streams, processes, compilers, half precision
+# ------------------------------------------------------------------------------------------------
 
 def test_streamed_runs_are_the_same_runs(photographs, tmp_path, monkeypatch):
     options = [*SMALL, "--dataset", "folder", "--data_dir", str(photographs), "--log_every", "1",
