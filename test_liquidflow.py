@@ -203,6 +203,13 @@ def test_cfc_cell_stays_in_its_box_for_every_weight_input_and_time(seed, weight,
     assert out.isfinite().all() and out.abs().max() <= 1 + 1e-6
 
 
+def test_cfc_cell_has_the_published_shape_unless_told_otherwise():
+    shapes = [tuple(p.shape) for p in lf.CfCCell(3, 5).backbone.parameters()]
+    assert shapes == [(128, 8), (128,)]
+    shapes = [tuple(p.shape) for p in lf.CfCCell(3, 5, 7, 2).backbone.parameters()]
+    assert shapes == [(7, 8), (7,), (7, 7), (7,)]
+
+
 def test_cfc_cell_runs_from_g_to_h_as_time_passes():
     cell = shake(lf.CfCCell(3, 4), 0).double()
     x, h = normal(1, 5, 3), normal(2, 5, 4)
@@ -823,6 +830,17 @@ def test_variants_have_the_size_they_should(arch, variant, size, channels, claim
     with torch.device("meta"):
         model = lf.create_model(arch, variant, size, channels)
     assert abs(sum(p.numel() for p in model.parameters()) / claim - 1) < 0.1
+
+
+def test_unets_from_tiny_up_are_those_of_their_source():
+    stages = {name: (options["channels"], options["blocks"], options["cond_dim"])
+              for name, options in lf.VARIANTS["unet"].items() if name != "nano"}
+    for name, (channels, blocks, cond_dim) in stages.items():
+        width = channels[0]    # doubled at every stage; the fourth stage of large is 6 wide
+        assert channels == tuple(width * m for m in (1, 2, 4, 6)[:len(channels)]), name
+        assert cond_dim == 4 * width and len(blocks) == len(channels)
+    assert [c[0] for c, _, _ in stages.values()] == [64, 96, 128, 128]
+    assert [b for _, b, _ in stages.values()] == [(2, 2, 4), (2, 3, 6), (2, 4, 8), (2, 4, 8, 4)]
 
 
 @pytest.mark.parametrize("arch", lf.ARCHS)
