@@ -276,11 +276,11 @@ def data_of(state, args, device):
     held_out = len(held_out_split(state["pictures"], TEST_SEED)[1])
     if args.evaluate > held_out:
         raise Refused(f"--evaluate {args.evaluate}: the run has {held_out} held-out pictures to "
-                         "compare with, and as many samples are drawn")
+                      "compare with, and as many samples are drawn")
     old.data_dir = args.data_dir or old.data_dir
     if old.data_dir and not Path(old.data_dir).is_dir():
         raise Refused(f"there is no folder {old.data_dir}: tell with --data_dir where the "
-                         "pictures lie that the run was trained on")
+                      "pictures lie that the run was trained on")
     data = DATASETS[old.dataset](old, device)
     check_same_pictures(state, data)
     return data
@@ -521,7 +521,7 @@ def export(path, model, process, taesd, state):
             importlib.import_module(name)
     except ImportError as error:
         raise Refused(f"--export {path}: {error}; pip install onnx onnxscript onnxruntime, or "
-                         "export a .pt2, which needs none of them") from None
+                      "export a .pt2, which needs none of them") from None
     latents, classes = state["latents"], model.config["num_classes"]
     shape = model.config["in_channels"], *sides(model.config["image_size"])
 
@@ -547,11 +547,11 @@ def export(path, model, process, taesd, state):
         except Exception as error:    # noqa: BLE001 - exporters fail in many ways
             reason = str(error).strip().split("\n")[0]
             raise Refused(f"{target}: torch {torch.__version__} cannot export this model "
-                             f"({type(error).__name__}: {reason}); a newer one may") from None
+                          f"({type(error).__name__}: {reason}); a newer one may") from None
         gap = torch.stack(gaps).max().item()    # nan if one of them is
         if not gap <= EXPORT_GAP:
             raise Refused(f"{target}: not written: its answers are up to {gap:.1e} from the "
-                             f"model's, and {EXPORT_GAP:.0e} is allowed")
+                          f"model's, and {EXPORT_GAP:.0e} is allowed")
         halves = 2 * sum(value.numel() for value in module.state_dict().values())
         line = (f"{target}: {', '.join(names)} -> {output}; {len(data) / 2**20:.2f} MiB in fp32, "
                 f"its weights in fp16 would take {halves / 2**20:.2f} MiB; largest difference from "
@@ -628,7 +628,7 @@ def run(args):
         if path is not None and (Path(path).suffix.lower() not in suffixes or Path(path).is_dir()
                                  or not Path(path).parent.is_dir()):
             raise Refused(f"{path!r}: give a file ending in {' or '.join(suffixes)}, in a "
-                             "folder that exists")
+                          "folder that exists")
     if args.gates and Path(args.gates).resolve() == Path(args.out).resolve():
         raise Refused(f"--gates {args.gates}: is where --out goes; give it another name")
     device = pick_device("cpu" if args.export else args.device)    # a file would remember which
@@ -660,7 +660,7 @@ def run(args):
     classes = model.config["num_classes"]
     if not classes and (args.label or args.cfg is not None):
         raise Refused(f"{path}: knows no classes; --label and --cfg need a model that was "
-                         "trained with --labels")
+                      "trained with --labels")
     data = data_of(state, args, device) if args.evaluate else None
     count, columns, y = args.evaluate or args.n, None, None
     if classes:

@@ -193,7 +193,7 @@ class Streamed(DataSet):
         """What read() returned -> pictures in [-1, 1] on the device. ValueError if it is text."""
         if not torch.is_tensor(images):
             raise Refused(f"a picture cannot be read: {images}; mend it, or put another one in "
-                             "its place (a run that has been saved goes on with --resume)")
+                          "its place (a run that has been saved goes on with --resume)")
         return scaled(moved(images, self.device))
 
     def batches(self, order):
@@ -333,7 +333,7 @@ def folder(root, fit):
     """
     if not root or not root.is_dir():
         raise Refused("--dataset folder needs --data_dir, a folder of pictures"
-                         + (f"; there is no folder {root}" if root else ""))
+                      + (f"; there is no folder {root}" if root else ""))
     found = sorted(p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
     progress, paths, folders = Progress("checking pictures", len(found)), [], []
     for i, path in enumerate(found):
@@ -349,7 +349,7 @@ def folder(root, fit):
     progress.close()
     if not paths:
         raise Refused(f"no picture in {root} could be read; files ending in "
-                         f"{' '.join(sorted(EXTENSIONS))} are looked for")
+                      f"{' '.join(sorted(EXTENSIONS))} are looked for")
     classes = sorted(set(folders))
     number_of = {name: i for i, name in enumerate(classes)}
     labels = [number_of[name] for name in folders]
@@ -435,8 +435,8 @@ def lsun(root, fit):
     folders = sorted(root.glob("*_train_lmdb")) if root else []
     if not folders:
         raise Refused("--dataset lsun needs --data_dir, a folder with bedroom_train_lmdb, or "
-                         "other categories, in it; github.com/fyu/lsun has a script that downloads "
-                         f"them{f'. There is none in {root}' if root else ''}")
+                      "other categories, in it; github.com/fyu/lsun has a script that downloads "
+                      f"them{f'. There is none in {root}' if root else ''}")
     source = LSUN(folders, fit)
     return source, source.labels, [path.name.removesuffix("_train_lmdb") for path in folders]
 
@@ -598,7 +598,7 @@ def cached_latents(data, taesd, args, device):
             saved = load_checkpoint(path)
         if not isinstance(saved, dict) or saved.get("key") != key:
             raise Refused(f"{path}: made from other pictures, or by another autoencoder, than "
-                             "its name says; remove it, and they are encoded again")
+                          "its name says; remove it, and they are encoded again")
         print(f"latents from {path}")
         return saved["latents"]
     latents = encode_all(data, taesd, device)
@@ -1014,7 +1014,7 @@ class Precision:
                 self.first = f"not finite at step {i}: {' and '.join(wrong[:-1] or wrong)}"
             if self.row >= (self.in_a_row if self.scaler.is_enabled() else 1):
                 raise Refused(f"{self.first}; a lower --lr may help. What was saved last is "
-                                 "kept")
+                              "kept")
         self.seen = []
 
 
@@ -1024,7 +1024,7 @@ def check_compiler(device):
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
     except RuntimeError as error:
         raise Refused("--compile: torch.compile does not work here: "
-                         + str(error).split("\n\n")[0]) from None    # without advice to debug it
+                      + str(error).split("\n\n")[0]) from None    # without advice to debug it
 
 
 class Stop:
@@ -1083,7 +1083,7 @@ def load_state(path):
         raise Refused(f"{path}: not a checkpoint of train.py")
     if state["version"] != CHECKPOINT_VERSION:
         raise Refused(f"{path}: written by another version of train.py (its checkpoints are of "
-                         f"version {state['version']}, this program reads {CHECKPOINT_VERSION})")
+                      f"version {state['version']}, this program reads {CHECKPOINT_VERSION})")
     return state
 
 
@@ -1091,10 +1091,10 @@ def check_same_pictures(state, data):
     """ValueError if a checkpoint's run had other pictures, or held out others, than data has."""
     if state["pictures"] != len(data):
         raise Refused(f"the run was started with {state['pictures']} pictures, and here are "
-                         f"{len(data)}")
+                      f"{len(data)}")
     if list(state["classes"]) != list(data.classes):
         raise Refused(f"the run was started with the classes {', '.join(state['classes'])}, "
-                         f"and here are {', '.join(data.classes)}")
+                      f"and here are {', '.join(data.classes)}")
 
 
 def load_run(args):
@@ -1128,10 +1128,10 @@ def check_goes_on(state, args, data):
     if now and (was["mean"].shape != now["mean"].shape
                 or not torch.allclose(was["mean"], now["mean"], atol=0.01)):
         raise Refused(f"the run in {args.out} was started with other latents: other pictures, "
-                         "or other weights of the autoencoder")
+                      "or other weights of the autoencoder")
     if state["step"] >= args.steps:
         raise Refused(f"the run in {args.out} has had its {state['step']} steps; to go on, give "
-                         "more --steps")
+                      "more --steps")
 
 
 def restore(state, model, ema, optimizer, precision):
@@ -1195,7 +1195,7 @@ def train(args, model, network, data, taesd, precision, stop, state=None):
         weights = [*model.parameters(), *ema.model.parameters()]
         if not torch.stack(torch._foreach_norm(weights)).isfinite().all():
             raise Refused(f"not finite after step {step}: weights; a lower --lr may help. What "
-                             "was saved last is kept")
+                          "was saved last is kept")
         save_checkpoint(out / "ckpt.pt", {
             "version": CHECKPOINT_VERSION, "config": model.config, "process": args.process,
             "step": step, "classes": data.classes, "latents": data.latents, "args": vars(args),
@@ -1397,16 +1397,16 @@ def run(args):
     old = [path for name in RUN_FILES for path in out.glob(name)]
     if old and not args.overwrite and not args.resume and not RANK:
         raise Refused(f"{out} already holds a run: --resume goes on with it, --overwrite "
-                         "replaces it, another --out leaves it alone")
+                      "replaces it, another --out leaves it alone")
     if args.dataset == "folder" and args.data_dir and (
             (out / "samples").resolve().is_relative_to(Path(args.data_dir).resolve())):
         raise Refused(f"--out {out} is inside --data_dir {args.data_dir}: the run would train "
-                         "on its own samples")
+                      "on its own samples")
     state = load_run(args) if args.resume else None
     fill_in(args)    # for a run that is to be resumed, and was never saved
     if args.batch_size % (WORLD * args.grad_accum):
         raise Refused(f"--batch_size {args.batch_size} is no multiple of {WORLD} processes "
-                         f"times --grad_accum {args.grad_accum}")
+                      f"times --grad_accum {args.grad_accum}")
     precision = Precision(args.amp, device)
     if args.compile:
         check_compiler(device)
@@ -1432,7 +1432,7 @@ def run(args):
         raise Refused("one picture is too few: one is held out, and none is left to train on")
     if args.labels and (len(data.classes) < 2 or "" in data.classes):
         raise Refused(f"--labels: not all pictures of --dataset {args.dataset} have a class; "
-                         "those of a folder are its sub-folders, two or more")
+                      "those of a folder are its sub-folders, two or more")
     if taesd:
         data = Latents(first_come_first(lambda: cached_latents(data, taesd, args, device)),
                        data, args.latents, device)
