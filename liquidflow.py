@@ -921,11 +921,11 @@ class LiquidMamba(LiquidPatch):
 # ------------------------------------------------------------------------------------------------
 # §10  Variants
 #
-# One table of shapes. From "tiny" up they follow the three documents that this project started
-# from; "nano" is for a laptop. The tour prints what they count to beside what was claimed.
+# A table of shapes: arch -> variant -> options of its class (train.py has DEFAULTS for each name).
+# From "tiny" up they follow the three documents that this project started from; "nano" is for a
+# laptop. The tour prints what they count to beside what was claimed.
 
 ARCHS = {"patch": LiquidPatch, "unet": LiquidUNet, "mamba": LiquidMamba}
-
 VARIANTS = {
     "patch": {
         "nano": {"dim": 96, "depth": 3, "cond_dim": 64, "patch_size": 4, "d_state": 16, "expand": 1,

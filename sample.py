@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import functools
 import importlib
+import inspect
 import io
 import math
 import time
@@ -564,7 +565,7 @@ def export(path, model, process, taesd, state):
         known = (f"{i} {name}" for i, name in enumerate((*state["classes"], "any")))
         print(f"y: {', '.join(known)}")
     if process.predicts == "noise":
-        limit = sampler_options("ddim", latents)["clip"]
+        limit = sampler_options(SAMPLER_OF["noise"], latents)["clip"]
         print(f"for DDIM: the largest |x0| that is believed is {limit:.4f}")
 
 
@@ -582,7 +583,7 @@ def parse_arguments(argv=None):
         "each; every class, if not given. For models that were trained with --labels")
     add("--cfg", type=number(float, 0), help="guidance: 0 ignores the label, 1 is the plain "
         "model, more exaggerates the class; 2 if not given, 1 for --evaluate")
-    add("--eta", type=number(float, 0, 1), default=0.0, help="ddim only: fresh noise, 0 to 1")
+    add("--eta", type=number(float, 0, 1), default=0.0, help="for ddim: fresh noise, 0 to 1")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="same seed, same pictures")
     add("--out", default="samples.png", help="where the grid goes")
     add("--gif", help="also write the path from noise to picture, as an animated GIF")
@@ -653,8 +654,11 @@ def run(args):
         walk(process, args.steps, SAMPLERS[name].follows)
     options = sampler_options(name, latents)
     if args.eta:
-        if name != "ddim":
-            raise Refused(f"--eta {args.eta}: only --sampler ddim draws fresh noise, not {name}")
+        noisy = [name for name, draws in SAMPLERS.items()
+                 if "eta" in inspect.signature(draws).parameters]
+        if name not in noisy:
+            raise Refused(f"--eta {args.eta}: only --sampler {' or '.join(noisy)} draws fresh "
+                          f"noise, not {name}")
         options.update(eta=args.eta, generator=torch.Generator(device).manual_seed(args.seed))
 
     classes = model.config["num_classes"]

@@ -74,7 +74,8 @@ PROCESS_OF = {"patch": "flow", "unet": "flow", "mamba": "diffusion"}
 SAMPLER_OF = {"velocity": "euler", "noise": "ddim"}
 
 # Training defaults. A high rate teaches a small model most per minute (measured: see the README);
-# larger ones want a lower one, and theirs have not been tuned.
+# larger ones want a lower one, and theirs have not been tuned. A row is of a variant, or of
+# (arch, variant), which goes before it.
 DEFAULTS = {
     "nano": {"steps": 3600, "batch_size": 32, "lr": 8e-3},
     "tiny": {"steps": 20_000, "batch_size": 64, "lr": 1e-3},
@@ -452,12 +453,12 @@ def listing(source, root):
     return hashlib.sha1(b"\n".join(lines + getattr(source, "keys", []))).hexdigest()
 
 
-def stored(make, side=math.inf, package=None, files=None):
+def stored(make, side=math.inf, package=None, files=None, mirror=True):
     """A row of DATASETS: the function(args, device) -> data set, for pictures that are stored.
 
     make: one of the sources above; side: of its pictures; package: what it needs beside
-    requirements.txt; files: what it would download to --data_dir, where it can.
-    The function raises a ValueError that says what to do about what is missing.
+    requirements.txt; files: what it would download to --data_dir, where it can; mirror: see
+    DATASETS. The function raises a ValueError that says what to do about what is missing.
     """
     def load(args, device):
         name, size = args.dataset, args.image_size
@@ -500,14 +501,22 @@ def stored(make, side=math.inf, package=None, files=None):
         if not kept:
             raise Refused(f"--dataset {name}: no picture could be read")
         return Pictures(images[:len(kept)], torch.tensor(labels)[kept], classes, device, key)
+    load.mirror = mirror
     return load
 
 
-# name -> function(args, device) -> data set
+def shapes(args, device):
+    """The row of DATASETS for pictures that are drawn."""
+    count = min(args.max_images or math.inf, EPOCH_OF_SHAPES + HELD_OUT)
+    return Shapes(count, args.image_size, args.seed, device)
+
+
+shapes.mirror = True
+
+# name -> function(args, device) -> data set. Its .mirror says whether a mirrored picture might as
+# well be one of the set: true of faces and flowers, not of digits and letters.
 DATASETS = {
-    "shapes": lambda args, device: Shapes(
-        min(args.max_images or math.inf, EPOCH_OF_SHAPES + HELD_OUT), args.image_size, args.seed,
-        device),
+    "shapes": shapes,
     "folder": stored(folder),
     "cifar10": stored(functools.partial(cifar, "CIFAR10"), 32, files="cifar-10-python.tar.gz"),
     "cifar100": stored(functools.partial(cifar, "CIFAR100"), 32, files="cifar-100-python.tar.gz"),
@@ -532,7 +541,7 @@ def shuffled(indices, batch_size, seed, skip=0, mirror=0):
     """Endless batches of indices, every epoch in a new order; no picture is left out.
 
     skip: how many batches a run that is resumed has seen already. mirror: what makes an index that
-    of the mirror image; it is added by the toss of a coin.
+    of the mirror image, added by the toss of a coin; 0 leaves every picture as it is.
     """
     generator = torch.Generator().manual_seed(seed)
     queue = indices[:0]
@@ -654,7 +663,8 @@ def grid_picture(pictures, columns=None):
 
 def sampler_options(name, latents):
     """What a sampler is given beside model, process, noise and steps; latents as in decoded()."""
-    return {"clip": latents["limit"] if latents else 1.0} if name == "ddim" else {}
+    clips = "clip" in inspect.signature(SAMPLERS[name]).parameters
+    return {"clip": latents["limit"] if latents else 1.0} if clips else {}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1179,7 +1189,8 @@ def train(args, model, network, data, taesd, precision, stop, state=None):
         known = data.labels[moved(indices % len(data), data.labels.device)]
         return moved(known, device) if classes else None
 
-    batches = shuffled(training, args.batch_size, args.seed, skip=first, mirror=len(data))
+    mirror = len(data) if DATASETS[args.dataset].mirror and not args.no_mirror else 0
+    batches = shuffled(training, args.batch_size, args.seed, first, mirror)
     order, again = itertools.tee(indices[part] for indices in batches for part in mine)
     examples = zip(data.batches(order), map(labels, again))
     network = DistributedDataParallel(network) if WORLD > 1 else network
@@ -1318,6 +1329,8 @@ def make_parser():
     add("--data_dir", help="the folder of pictures, or of LSUN; where to keep a download (data)")
     add("--labels", action="store_true",
         help="tell the model what each picture shows, so that sample.py can ask for it")
+    add("--no_mirror", action="store_true",
+        help="show no picture mirrored: for digits, letters, maps")
     add("--max_images", type=number(int, 2), help="read no more than so many pictures")
     add("--image_size", "--img_size", type=number(int, 1), default=32,
         help="side of a picture, in pixels")
@@ -1383,7 +1396,8 @@ def fill_in(args):
     """Gives steps, batch size and rate that were not given the defaults of the variant."""
     for name in FROM_VARIANT:
         if getattr(args, name) is None:
-            setattr(args, name, DEFAULTS[args.variant][name])
+            row = DEFAULTS.get((args.arch, args.variant), DEFAULTS[args.variant])
+            setattr(args, name, row[name])
 
 
 def run(args):
