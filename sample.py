@@ -46,6 +46,7 @@ from train import (
     SAMPLER_OF,
     TEST_SEED,
     Parser,
+    Precision,
     Progress,
     Refused,
     check_same_pictures,
@@ -602,6 +603,8 @@ def parse_arguments(argv=None):
     add("--latents", choices=TAESD_FILES, help="which autoencoder is to --reconstruct; taesd if "
                                                "not given")
     add("--image_size", type=number(int, 8), help="at which size; 128 if not given")
+    add("--amp", choices=["auto", "off", "fp16", "bf16"], default="auto",
+        help="half precision for the model; auto: on a GPU, what it is good at")
     add("--device", default="auto", help="cpu, cuda, mps, or the fastest there is")
     args = parser.parse_args(argv)
     if not args.reconstruct and (args.latents or args.image_size):
@@ -610,7 +613,7 @@ def parse_arguments(argv=None):
         parser.error("--export needs a model, and --reconstruct has none")
     if args.reconstruct or args.export:
         given = [f"--{name}" for name in ("n", "batch_size", "steps", "sampler", "label", "cfg",
-                                          "eta", "seed", "gif", "gates", "evaluate")
+                                          "eta", "seed", "gif", "gates", "evaluate", "amp")
                  if getattr(args, name) != parser.get_default(name)]
         if given:
             parser.error(f"--reconstruct and --export draw no samples: leave out "
@@ -644,6 +647,9 @@ def run(args):
                        device) if latents else None
     if args.export:
         return export(Path(args.export), model, process, taesd, state)
+
+    # Half precision moves most pixels by less than a grey level (of 255), and is quicker
+    model.forward = Precision(args.amp, device).autocast()(model.forward)
 
     def picture_of(x):
         """What the model drew -> pictures (n, 3, H, W) on the CPU."""

@@ -7,6 +7,7 @@ checked, in float64. A tolerance stands beside the gap that was measured.
 
 import argparse
 import ast
+import contextlib
 import copy
 import csv
 import functools
@@ -2261,6 +2262,17 @@ def test_same_seed_same_run_same_pictures(trained, arch, here):
         assert np.abs(pixels - exact).max() < 1.5
 
 
+@pytest.mark.parametrize("arch", lf.ARCHS)
+def test_half_precision_moves_few_pixels_by_more_than_a_grey_level(arch, trained, here):
+    drawn = []
+    for amp in "auto", "off", "bf16":
+        sample.main(["--ckpt", str(trained / arch / "ckpt.pt"), "--n", "9", "--steps", "9", "--amp", amp])
+        drawn.append(np.asarray(Image.open("samples.png")).astype(int))
+    auto, off, half = drawn
+    assert (auto == off).all() and (half != off).any()    # on a CPU
+    assert (np.abs(half - off) > 1).mean() < 0.03    # measured 0, 0, 0.01
+
+
 def test_training_lowers_the_loss(tmp_path):
     train.main([*SMALL, "--steps", "150", "--out", str(tmp_path / "run"), "--lr", "3e-3", "--log_every", "25"])
     losses = [float(row["loss"]) for row in read_log(tmp_path / "run" / "log.csv")]
@@ -2352,9 +2364,8 @@ def test_a_signal_saves_and_says_how_to_go_on(number, here, capsys, after_step):
 
 def test_resume_refuses_what_would_be_another_run(here, monkeypatch, capsys):
     options = [*SMALL, "--out", "run", "--resume"]
-    refused(train.main, [*options, "--steps", "4"], capsys, "run/ckpt.pt", "no such file")
-    assert not list(here.iterdir())
-    train.main([*SMALL, "--out", "run", "--steps", "2"])
+    train.main([*options, "--steps", "2"])    # a run that is not there yet is started
+    assert "nothing was saved yet" in capsys.readouterr().out
     before = Path("run/ckpt.pt").read_bytes()
     refused(train.main, [*options, "--steps", "2"], capsys, "2 steps", "more --steps")
     refused(train.main, [*options, "--steps", "4", "--override", "depth=1", "--physics", "tv=1",
@@ -2796,7 +2807,8 @@ def test_a_row_of_pictures_for_every_label(here, monkeypatch, capsys, trained):
     refused(sample.main, ["--ckpt", "ckpt.pt", "--evaluate", "5", "--label", "star"], capsys, "all")
 
     asked = []
-    monkeypatch.setattr(sample, "draw", lambda *a: asked.extend([a[4], a[2].keywords["cfg_scale"]]) or a[3])
+    monkeypatch.setattr(sample, "draw", lambda model, process, sampler, noise, y, *rest: (
+        asked.extend([y, sampler.keywords["cfg_scale"]]), noise)[1])
     sample.main(["--ckpt", "ckpt.pt", "--evaluate", "50", "--n", "4"])
     shapes = train.DATASETS["shapes"](types.SimpleNamespace(**state["args"]), "cpu")
     held_out = train.held_out_split(len(shapes), train.TEST_SEED)[1]
@@ -2892,7 +2904,8 @@ def test_names_of_other_command_lines():
     (["--dataset", "imagenet"], ["shapes"]), (["--steps", "0"], ["--steps"]),
     (["--steps", "many"], ["--steps"]), (["--batch_size", "-1"], ["--batch_size"]),
     (["--lr", "nan"], ["--lr"]), (["--lr", "0"], ["--lr"]), (["--ema", "1.5"], ["--ema"]),
-    (["--steps", "5", "--epochs", "1"], ["--epochs"]), (["--physics", "gravity=1"], ["spectral"]),
+    (["--steps", "5", "--epochs", "1"], ["--epochs"]), (["--minutes", "0"], ["--minutes"]),
+    (["--minutes", "-3"], ["--minutes"]), (["--minutes", "1", "--steps", "5"], ["--steps"]), (["--physics", "gravity=1"], ["spectral"]),
     (["--override", "dim"], ["key=value"]), (["--override", "wings=2"], ["wings", "dim"]),
     (["--override", "dim=wide"], ["dim"]), (["--override", "arch=unet"], ["option"]),
     (["--lr", "inf"], ["--lr"]), (["--process", "magic"], ["flow"]),
@@ -2947,8 +2960,10 @@ def test_what_cannot_begin_leaves_what_it_would_replace(photographs, here, monke
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
     broken = functools.partial(torch.compile, backend=lambda *_: 1 / 0)
     monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(train, "timed", lambda function, device: (function(), 100.0)[1])
     for flags, words in (
             (["--amp", "fp16"], ["--amp fp16"]), (["--compile"], ["--compile"]),
+            (["--minutes", "1"], ["--minutes 1", "too short", "a step takes"]),
             (["--grad_accum", "3"], ["--grad_accum 3"]), (["--override", "depth=-1"], ["depth"]),
             (["--dataset", "folder"], ["--data_dir"]), (["--taesd_dir", "x"], ["--latents"]),
             (["--dataset", "folder", "--data_dir", "empty"], ["empty", ".png"]),
@@ -3041,27 +3056,73 @@ def test_two_processes_and_parts_of_a_batch_are_one_process(tmp_path, monkeypatc
             assert (value - weights[1][key]).abs().max() < 2e-3, key
 
 
-def test_a_compiled_run_is_the_same_run(tmp_path, monkeypatch, capsys):
-    graphs, torch_compile = [], torch.compile
+def backend(graph, inputs):
+    """A compiler that changes nothing; torch's own needs a C++ compiler and a minute."""
+    return graph.forward
 
-    def backend(graph, inputs):    # torch's own needs a C++ compiler and a minute
-        graphs.append(graph)
-        return graph.forward
 
+def broken(graph, inputs):
+    raise RuntimeError("no compiler found\n\nlong story")
+
+
+def test_a_compiled_run_is_the_same_run(here, monkeypatch, capsys):
+    torch_compile = torch.compile
     monkeypatch.setattr(torch, "compile", functools.partial(torch_compile, backend=backend))
-    for name, flags in ("plain", []), ("fused", ["--compile"]):
-        train.main([*SMALL, "--steps", "3", "--log_every", "1", *flags, "--out", str(tmp_path / name)])
-        assert bool(graphs) == bool(flags)
-    one, other = (lf.load_checkpoint(tmp_path / run / "ckpt.pt") for run in ("plain", "fused"))
-    assert len(graphs) == 2    # the tiny program and the model, in one piece
+    for name, flags, words in (("plain", [], "; not compiled (auto"), ("fused", ["--compile"], "; compiled in")):
+        train.main([*SMALL, "--steps", "3", "--log_every", "1", *flags, "--out", name])
+        assert words in capsys.readouterr().out
+    one, other = (lf.load_checkpoint(f"{run}/ckpt.pt") for run in ("plain", "fused"))
     assert_close(one["ema"], other["ema"])
-
-    def broken(graph, inputs):
-        raise RuntimeError("no compiler found\nlong story")
     monkeypatch.setattr(torch, "compile", functools.partial(torch_compile, backend=broken))
     torch.compiler.reset()
-    refused(train.main, [*SMALL, "--compile", "--out", tmp_path / "x"], capsys, "--compile", "no compiler found")
-    assert not (tmp_path / "x" / "ckpt.pt").exists()
+    refused(train.main, [*SMALL, "--compile", "--out", "x"], capsys, "--compile on", "no compiler found")
+    assert not Path("x").exists()
+
+
+def test_what_compile_auto_decides(monkeypatch):
+    model, torch_compile = lf.create_model("patch", "nano", 16, num_classes=2, **TINY["patch"]), torch.compile
+
+    def decided(device, steps=None, minutes=None, how=backend):
+        monkeypatch.setattr(torch, "compile", functools.partial(torch_compile, backend=how))
+        torch.compiler.reset()
+        args = types.SimpleNamespace(compile="auto", steps=steps, minutes=minutes)
+        precision = types.SimpleNamespace(device=device, autocast=contextlib.nullcontext)
+        network, line = train.compiled(model, args, 2, precision)
+        assert (network is model) == line.startswith("not compiled")
+        assert all(p.grad is None for p in model.parameters())
+        return line
+    assert decided(GPU, steps=2000).startswith("compiled") and decided(GPU, minutes=5).startswith("compiled")
+    assert "auto" in decided(GPU, steps=1999) and "auto" in decided(GPU, minutes=4.9)
+    assert "auto" in decided(CPU, steps=10**6)
+    assert "no compiler found" in decided(GPU, steps=2000, how=broken)    # and the run goes on
+
+
+@settings(max_examples=200)
+@given(st.floats(0, 1e4), st.floats(1e-3, 10), st.floats(1e-3, 100), st.integers(1, 1000))
+def test_as_many_steps_as_fit(seconds, took, testing, every):
+    def lasts(steps):
+        return steps * took + -(-steps // every) * testing
+    steps = train.steps_within(seconds, took, testing, every)
+    assert steps == 0 or lasts(steps) <= seconds * (1 + 1e-9)
+    assert lasts(steps + 1) > seconds * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("flags", [[], ["--labels", "--grad_accum", "2"], ["--process", "diffusion"]])
+def test_a_run_of_minutes_is_the_run_of_the_steps_that_it_chose(flags, here, monkeypatch, capsys, after_step):
+    monkeypatch.setattr(train, "timed", lambda function, device: (function(), 1.0)[1])
+    command = [*SMALL, "--minutes", "1", "--log_every", "5", "--out", "run", *flags]
+    after_step(40, lambda model: os.kill(os.getpid(), signal.SIGTERM))    # the trial has 4 steps at most
+    with pytest.raises(SystemExit):
+        train.main(command)
+    steps = lf.load_checkpoint("run/ckpt.pt")["args"]["steps"]
+    assert f"\n{steps} steps: one takes 500 ms" in capsys.readouterr().out and 60 < steps < 120
+    refused(train.main, [*command, "--resume", "--minutes", "2"], capsys, "started with --minutes 1.0")
+    train.main([*command, "--resume"])
+    train.main([*SMALL, "--steps", str(steps), "--log_every", "5", "--out", "same", *flags])
+    timed, same = (lf.load_checkpoint(f"{run}/ckpt.pt") for run in ("run", "same"))
+    assert [name for name in RUN_STATE if not same_bits(timed[name], same[name])] == []
+    for one, other in zip(read_log("run/log.csv"), read_log("same/log.csv"), strict=True):
+        assert {**one, "images_per_s": 0} == {**other, "images_per_s": 0}
 
 
 def test_training_in_bf16_stays_near_float32(tmp_path):
@@ -3136,6 +3197,15 @@ def test_gpu_run_is_stopped_and_resumed(here, after_step):
     whole, parts = (read_log(f"{run}/log.csv")[-1] for run in ("whole", "parts"))
     assert parts["step"] == whole["step"] == "20"    # sums on a GPU may differ in their order
     assert float(parts["held_out"]) == pytest.approx(float(whole["held_out"]), rel=0.02)
+
+
+@on_a_gpu
+def test_gpu_compiled_run_is_the_eager_run(here):
+    for how in "off", "on":
+        train.main([*smallest(device="cuda", amp="off", compile=how, steps=20, log_every=20), "--out", how])
+    off, on = (read_log(f"{how}/log.csv")[-1] for how in ("off", "on"))
+    for name in "loss", "held_out":
+        assert float(on[name]) == pytest.approx(float(off[name]), rel=1e-3)
 
 
 @on_a_gpu

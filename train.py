@@ -13,6 +13,7 @@ samples/. Read this file from the bottom: run() sets up, train() is the loop.
 import argparse
 import ast
 import contextlib
+import copy
 import csv
 import functools
 import hashlib
@@ -77,14 +78,15 @@ SAMPLER_OF = {"velocity": "euler", "noise": "ddim"}
 # larger ones want a lower one, and theirs have not been tuned. A row is of a variant, or of
 # (arch, variant), which goes before it.
 DEFAULTS = {
-    "nano": {"steps": 3600, "batch_size": 32, "lr": 8e-3},
-    "tiny": {"steps": 20_000, "batch_size": 64, "lr": 1e-3},
-    "small": {"steps": 50_000, "batch_size": 64, "lr": 5e-4},
-    "base": {"steps": 100_000, "batch_size": 64, "lr": 2e-4},
-    "large": {"steps": 100_000, "batch_size": 64, "lr": 1e-4},
-    "512": {"steps": 100_000, "batch_size": 16, "lr": 2e-4},
+    "nano": {"steps": 3600, "batch_size": 32, "lr": 8e-3, "sample_every": 1000},
+    "tiny": {"steps": 15_000, "batch_size": 64, "lr": 1e-3, "sample_every": 500},
+    "small": {"steps": 50_000, "batch_size": 64, "lr": 5e-4, "sample_every": 1000},
+    "base": {"steps": 100_000, "batch_size": 64, "lr": 2e-4, "sample_every": 1000},
+    "large": {"steps": 100_000, "batch_size": 64, "lr": 1e-4, "sample_every": 1000},
+    "512": {"steps": 100_000, "batch_size": 16, "lr": 2e-4, "sample_every": 1000},
 }
-FROM_VARIANT = "steps", "batch_size", "lr"    # what is in each row
+FROM_VARIANT = "steps", "batch_size", "lr", "sample_every"    # what is in each row
+COMPILE_FROM = 2000, 5    # steps, minutes: a run of fewer would not win back what compiling takes
 
 
 class Refused(ValueError):
@@ -802,6 +804,19 @@ def summed(groups, device):
     return [list(itertools.islice(numbers, len(group))) for group in groups]
 
 
+def of_first(value, device):
+    """The first process's value, in all of them; waits until the device has done what it was told."""
+    return summed([[0 if RANK else value]], device)[0][0]
+
+
+def timed(function, device):
+    """The seconds that function() takes by the first process's clock; all processes are told."""
+    begin = of_first(0, device) or time.time()
+    function()
+    of_first(0, device)
+    return of_first(time.time() - begin, device)
+
+
 def first_come_first(make):
     """make(), in the first process of a machine before its others: what it downloads, they find."""
     if LOCAL_RANK:
@@ -848,6 +863,14 @@ def learning_rate(step, steps, peak):
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def steps_within(seconds, took, testing, every):
+    """How many steps fit into so many seconds, if each takes `took`, and a test after every so many,
+    and after the last one, takes `testing`; 0 if none does.
+    """
+    rounds, rest = divmod(max(0, seconds), every * took + testing)
+    return int(rounds * every + max(0, rest - testing) / took)
 
 
 def draw_times(process, count, device):
@@ -1028,13 +1051,33 @@ class Precision:
         self.seen = []
 
 
-def check_compiler(device):
-    """ValueError if torch.compile does not work here: told at once, and not after the data."""
+def compiled(model, args, size, precision):
+    """(the model as torch.compile makes it, tried out on a batch of zeros; what was decided).
+
+    size: pictures in a part of a batch. It is the model itself with --compile off, or with auto
+    where that would not pay or does not work; Refused if it does not work with on.
+    """
+    enough = (args.minutes or 0) >= COMPILE_FROM[1] or (args.steps or 0) >= COMPILE_FROM[0]
+    if args.compile == "auto" and not (precision.device.type == "cuda" and enough):
+        return model, f"not compiled (auto: on a GPU, from {COMPILE_FROM[0]} steps up)"
+    if args.compile == "off":
+        return model, "not compiled"
+    begin, config, device = time.time(), model.config, next(model.parameters()).device
+    x = torch.zeros(size, config["in_channels"], *sides(config["image_size"]), device=device)
+    y = x.new_zeros(size, dtype=torch.long) if config["num_classes"] else None
     try:
-        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
-    except RuntimeError as error:
-        raise Refused("--compile: torch.compile does not work here: "
-                      + str(error).split("\n\n")[0]) from None    # without advice to debug it
+        network = torch.compile(model)    # it shares the model's weights
+        with precision.autocast():
+            answer = network(x, x.new_zeros(size), y)
+        answer.sum().backward()
+    except Exception as error:    # noqa: BLE001 - there are many ways in which a compiler fails
+        why = f"torch.compile does not work here: {str(error).split(chr(10) * 2)[0]}"
+        if args.compile == "on":
+            raise Refused(f"--compile on: {why}") from None
+        return model, f"not compiled, as {' '.join(why.split())[:300]}"
+    finally:
+        model.zero_grad()
+    return network, f"compiled in {duration(time.time() - begin)}"
 
 
 class Stop:
@@ -1069,7 +1112,7 @@ def random_state(device, state=None):
 
 
 # What a resumed run may change: nothing that moves the weights by more than rounding, but steps
-MAY_CHANGE = {"steps", "epochs", "grad_accum", "log_every", "sample_every", "save_every", "device",
+MAY_CHANGE = {"steps", "epochs", "minutes", "grad_accum", "log_every", "sample_every", "save_every", "device",
               "compile", "data_dir", "taesd_dir", "out", "resume", "overwrite"}
 
 
@@ -1109,24 +1152,26 @@ def check_same_pictures(state, data):
 
 def load_run(args):
     """The checkpoint in --out, if it is of a run with these arguments; ValueError that names those
-    that differ. None if a run was begun there, but nothing was saved yet.
+    that differ. None if nothing was saved there yet.
 
     Steps, batch size and rate that were not given become those of the run. An option that is newer
     than the run had its default then.
     """
     path = Path(args.out) / "ckpt.pt"
-    if not path.exists() and (path.parent / "log.csv").exists():
+    if not path.exists():
         if not RANK:
             print(f"{path.parent}: nothing was saved yet; starting from the beginning")
         return None
     state, default = load_state(path), make_parser().get_default
+    was = {name: state["args"].get(name, default(name)) for name in vars(args)}
+    if args.minutes not in (None, was["minutes"]):
+        raise Refused(f"{path} was started with {typed('minutes', was['minutes'])}: resume it so")
     for name in FROM_VARIANT:
         if getattr(args, name) is None and not (name == "steps" and args.epochs):
-            setattr(args, name, state["args"][name])
-    differ = [name for name, value in vars(args).items()
-              if name not in MAY_CHANGE and state["args"].get(name, default(name)) != value]
+            setattr(args, name, was[name])
+    differ = [name for name in was if name not in MAY_CHANGE and was[name] != getattr(args, name)]
     if differ:
-        told = ", ".join(typed(name, state["args"].get(name, default(name))) for name in differ)
+        told = ", ".join(typed(name, was[name]) for name in differ)
         raise Refused(f"{path} was started with {told}: resume it so")
     return state
 
@@ -1158,12 +1203,21 @@ def restore(state, model, ema, optimizer, precision):
     return state["step"]
 
 
-def train(args, model, network, data, taesd, precision, stop, state=None):
+def make_room(out, resume):
+    """Makes a run's folder; removes what a kill left in it, and the run that is to be replaced."""
+    (out / "samples").mkdir(parents=True, exist_ok=True)
+    for name in [f"{name}.*.tmp" for name in RUN_FILES] + ([] if resume else [*RUN_FILES]):
+        for path in out.glob(name):
+            path.unlink()
+
+
+def train(args, model, network, data, taesd, precision, stop, state=None, deadline=None):
     """The loop: batch, loss, step, average; now and then a line, a row of log.csv, a checkpoint.
 
     network: the model, or its compiled form. taesd: decodes what is drawn, if data are latents.
     state: the checkpoint that a resumed run starts from; it then goes through the same numbers as
-    a run that was never stopped. Step n = 1, 2 ... does, with rate = learning_rate(n - 1):
+    a run that was never stopped. deadline: the time.time() at which a new run should end; args.steps
+    becomes how many fit. Step n = 1, 2 ... does, with rate = learning_rate(n - 1):
 
         loss = mean of process.loss + PhysicsLoss(x0_hat, x0, alpha(t), n - 1)
         g    = gradient of the loss / max(1, its norm)
@@ -1190,9 +1244,14 @@ def train(args, model, network, data, taesd, precision, stop, state=None):
         return moved(known, device) if classes else None
 
     mirror = len(data) if DATASETS[args.dataset].mirror and not args.no_mirror else 0
-    batches = shuffled(training, args.batch_size, args.seed, first, mirror)
-    order, again = itertools.tee(indices[part] for indices in batches for part in mine)
-    examples = zip(data.batches(order), map(labels, again))
+
+    def examples_from(first):
+        """Pictures and labels of each part of a batch, from that step on, without an end."""
+        batches = shuffled(training, args.batch_size, args.seed, first, mirror)
+        order, again = itertools.tee(indices[part] for indices in batches for part in mine)
+        return zip(data.batches(order), map(labels, again))
+
+    examples = examples_from(first)
     network = DistributedDataParallel(network) if WORLD > 1 else network
 
     fixed = torch.Generator().manual_seed(TEST_SEED)    # for noise that never changes
@@ -1214,21 +1273,25 @@ def train(args, model, network, data, taesd, precision, stop, state=None):
             "model": model.state_dict(), "optimizer": optimizer.state_dict(),
             "scaler": precision.scaler.state_dict(), "random": random_state(device)})
 
-    def show(step):
-        """Draws a grid of pictures from the averaged weights; returns their held-out loss."""
+    def draw(steps=50):
+        """A grid of pictures from the averaged weights."""
         name = SAMPLER_OF[process.predicts]
         options = sampler_options(name, data.latents)
-        drawn = SAMPLERS[name](ema.model, process, sample_noise, 50, sample_labels, **options)
-        grid = grid_picture(decoded(drawn, taesd, data.latents).cpu())
-        write_whole(out / "samples" / f"step_{step:06d}.png", lambda file: grid.save(file, "PNG"))
+        with precision.autocast():
+            drawn = SAMPLERS[name](
+                ema.model, process, sample_noise, steps, sample_labels, **options)
+        return grid_picture(decoded(drawn, taesd, data.latents).cpu())
+
+    test_batch = min(128, max(32, size))
+
+    def test(count=None):
+        """The held-out loss of the averaged weights, on all held-out pictures or the first ones."""
         return held_out_loss(
             ema.model, process, lambda part: (data[held_out[part]], labels(held_out[part])),
-            test_noise, min(128, max(32, size)))
+            test_noise[:count], test_batch)
 
-    log = Log(out / "log.csv", physics.weights, device, first)
-    progress, shown = Progress("step", args.steps, first), ""
-    for step in range(first, args.steps):
-        lr = learning_rate(step, args.steps, args.lr)
+    def advance(step, lr):
+        """Takes a step; returns what log.add() wants of each part, and the last one's target."""
         for group in optimizer.param_groups:
             group["lr"] = lr
 
@@ -1236,6 +1299,7 @@ def train(args, model, network, data, taesd, precision, stop, state=None):
         all_noise = torch.randn(args.batch_size, *shape, device=device)       # (batch, C, H, W)
         hidden = torch.rand(args.batch_size, device=device) < LABEL_DROPOUT if classes else None
         optimizer.zero_grad()
+        noted = []
         for part in mine:
             (x0, y), t = next(examples), all_t[part]                          # (B, C, H, W), (B,)
             if classes:
@@ -1248,27 +1312,58 @@ def train(args, model, network, data, taesd, precision, stop, state=None):
                 loss = errors.mean()
                 penalty, parts = physics(x0_hat, x0, process.alpha_sigma(t)[0], step)
                 precision.scaler.scale((loss + penalty) / len(mine)).backward()
-            log.add(errors, t, parts)
+            noted.append((errors, t, parts))
         finite = precision.step(optimizer, model.parameters(), {"loss": loss, "physics": penalty})
         ema.update(model, finite)
+        return noted, functools.partial(process.target, x0, all_noise[part], t)
 
+    if deadline and not state:    # a few steps are timed; at rate 0, so that they leave no trace
+        generators, scale = random_state(device), copy.deepcopy(precision.scaler.state_dict())
+        advance(0, 0.0)           # the first one is slower
+        count = 1 + min(29, int(0.02 * of_first(deadline - time.time(), device)
+                                / timed(lambda: advance(0, 0.0), device)))
+        took = timed(lambda: [advance(0, 0.0) for _ in range(count)], device) / count
+        one, three = (timed(lambda steps=steps: draw(steps), device) for steps in (1, 3))
+        testing = (one + 49 * (three - one) / 2
+                   + timed(lambda: test(test_batch), device) * len(held_out) / test_batch)
+        left = of_first(deadline - time.time(), device)
+        args.steps = steps_within(left, took, testing, args.sample_every)
+        if args.steps < 1:
+            raise Refused(f"--minutes {args.minutes:g}: too short for a single step; until now "
+                          f"{duration(args.minutes * 60 - left)} went by, a step takes "
+                          f"{duration(took)}, the test and the samples {duration(testing)}")
+        print(f"{args.steps} steps: one takes {1000 * took:.0f} ms, a test with its samples "
+              f"{duration(testing)}, and {duration(left)} are left")
+        ema, precision.seen, examples = EMA(model, args.ema), [], examples_from(0)
+        optimizer.state.clear()
+        precision.scaler.load_state_dict(scale)
+        random_state(device, generators)
+
+    if not RANK:
+        make_room(out, args.resume)
+    log = Log(out / "log.csv", physics.weights, device, first)
+    progress, shown = Progress("step", args.steps, first), ""
+    for step in range(first, args.steps):
+        lr = learning_rate(step, args.steps, args.lr)
+        noted, target = advance(step, lr)
+        for part in noted:
+            log.add(*part)
         done = step + 1
         last = done == args.steps
         showing = done % args.sample_every == 0 or last
-        saving = done % args.save_every == 0 or showing
+        saving = done % args.save_every == 0 or last
         stopping = False
         # Several processes must stop at the same step, so they look for a signal only at a row; one
         # looks at every step. Only here does the processor wait for the device.
-        if saving or done - first in (1, 3) or done % args.log_every == 0 or (
+        if saving or showing or done - first in (1, 3) or done % args.log_every == 0 or (
                 stop.signal and WORLD == 1):
             *row, seen, signals = summed(
                 [*log.numbers(), precision.numbers(), [stop.signal or 0]], device)
             precision.check(done, seen)
             means, stopping = log.means(*row), signals != [0]
             if done == 1:
-                target = process.target(x0, all_noise[part], t).square().mean().item()
                 print(f"first loss {means['loss']:.3f}; a new model answers 0, which costs about "
-                      f"{target:.3f}, the mean square of what it should answer")
+                      f"{target().square().mean():.3f}, the mean square of what it should answer")
             if done - first == 1:    # the first step is slower
                 begin = time.time()
             elif done - first == 3:
@@ -1278,15 +1373,17 @@ def train(args, model, network, data, taesd, precision, stop, state=None):
                            f"--steps {done + steps_per_hour:.0f}")
                 if hours > 1:
                     progress.note(f"this will take about {hours:.1f} h here; {quicker} is quicker")
-        if saving or stopping or done % args.log_every == 0:
+        if (saving or stopping) and not RANK:    # first: what comes now may fail
+            save(done)
+        if saving or showing or stopping or done % args.log_every == 0:
             row = dict(means, step=done, lr=lr)
             shown = f"loss {row['loss']:.3f}, {row['images_per_s']:.0f} images/s,"
             if showing and not RANK:
-                row["held_out"] = show(done)
+                row["held_out"] = test()
                 progress.note(f"step {done}: held-out loss {row['held_out']:.4f}")
-            log.write(**row)
-            if (saving or stopping) and not RANK:    # after the row: a resumed run starts with an
-                save(done)                           # empty one
+                grid, name = draw(), out / "samples" / f"step_{done:06d}.png"
+                write_whole(name, lambda file, grid=grid: grid.save(file, "PNG"))
+            log.write(**row)    # with every save, as a resumed run starts with an empty one
         progress(done, shown)
         if stopping and not last:
             progress.close()
@@ -1317,8 +1414,9 @@ def make_parser():
         name for part in (*ARCHS.values(), *(model.block for model in ARCHS.values()))
         for name, option in inspect.signature(part).parameters.items()
         if option.default is not option.empty)
-    parser = Parser(description="Train a LiquidFlow model. --steps, --batch_size and --lr have "
-                                "defaults for each variant: see DEFAULTS in train.py.")
+    parser = Parser(description="Train a LiquidFlow model. --steps, --batch_size, --lr and "
+                                "--sample_every have defaults for each variant: see DEFAULTS in "
+                                "train.py.")
     add = parser.add_argument
     add("--arch", choices=ARCHS, default="patch", help="the model")
     add("--process", choices=PROCESSES, help="what it learns; if not given, what it was made for")
@@ -1341,6 +1439,8 @@ def make_parser():
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=number(int, 1), help="batches to train on")
     length.add_argument("--epochs", type=number(int, 1), help="the same, as passes over the data")
+    length.add_argument("--minutes", type=number(float, 0.01),
+                        help="as many steps as fit into so many minutes on this machine")
     add("--batch_size", type=number(int, 1), help="pictures in a batch, over all processes")
     add("--grad_accum", type=number(int, 1), default=1,
         help="work through a batch in this many parts, where it does not fit into memory")
@@ -1361,11 +1461,12 @@ def make_parser():
     old.add_argument("--overwrite", action="store_true", help="replace the run in that folder")
     add("--amp", choices=["auto", "off", "fp16", "bf16"], default="auto",
         help="half precision; auto: what the hardware is good at")
-    add("--compile", action="store_true",
-        help="let torch.compile fuse the model: waits a minute first, then each step is faster")
+    add("--compile", nargs="?", const="on", default="auto", choices=["auto", "on", "off"],
+        help="let torch.compile fuse the model, which takes a minute, and makes each step faster; "
+             "auto: on a GPU, unless the run is short")
     add("--device", default="auto", help="cpu, cuda, mps, or the fastest there is")
     add("--log_every", type=number(int, 1), default=50, help="steps between rows of log.csv")
-    add("--sample_every", type=number(int, 1), default=1000, help="steps between sample pictures")
+    add("--sample_every", type=number(int, 1), help="steps between sample pictures and tests")
     add("--save_every", type=number(int, 1), default=500, help="steps between checkpoints")
     return parser
 
@@ -1393,22 +1494,23 @@ def parse_arguments(argv=None):
 
 
 def fill_in(args):
-    """Gives steps, batch size and rate that were not given the defaults of the variant."""
+    """Gives what was not given the defaults of the variant; --minutes decides on steps later."""
     for name in FROM_VARIANT:
-        if getattr(args, name) is None:
+        if getattr(args, name) is None and not (name == "steps" and args.minutes):
             row = DEFAULTS.get((args.arch, args.variant), DEFAULTS[args.variant])
             setattr(args, name, row[name])
 
 
 def run(args):
     """Sets up what the arguments ask for, says what it is, and trains it."""
+    start = time.time()
     torch.manual_seed(args.seed)
     # glibc hands freed memory back to the system after every step and asks for it again, page by
     # page. A block of nearly 32 MiB that comes and goes makes it keep what it has.
     torch.empty(31 * 2**20, dtype=torch.uint8)
     device = pick_device(args.device)
     out = Path(args.out)
-    old = [path for name in RUN_FILES for path in out.glob(name)]
+    old = any(path for name in RUN_FILES for path in out.glob(name))
     if old and not args.overwrite and not args.resume and not RANK:
         raise Refused(f"{out} already holds a run: --resume goes on with it, --overwrite "
                       "replaces it, another --out leaves it alone")
@@ -1422,8 +1524,6 @@ def run(args):
         raise Refused(f"--batch_size {args.batch_size} is no multiple of {WORLD} processes "
                       f"times --grad_accum {args.grad_accum}")
     precision = Precision(args.amp, device)
-    if args.compile:
-        check_compiler(device)
     join_group(device)
     taesd, side, channels = None, args.image_size, 3
     if args.latents != "off":
@@ -1451,26 +1551,23 @@ def run(args):
         data = Latents(first_come_first(lambda: cached_latents(data, taesd, args, device)),
                        data, args.latents, device)
     model = make_model(num_classes=len(data.classes) if args.labels else 0).to(device)
-    network = torch.compile(model) if args.compile else model    # it shares the model's weights
     training = len(held_out_split(len(data), TEST_SEED)[0])
     if args.epochs:
         args.steps = -(-args.epochs * training // args.batch_size)                # rounded up
     if state:
         check_goes_on(state, args, data)
-    (out / "samples").mkdir(parents=True, exist_ok=True)
-    leftovers = [path for name in RUN_FILES for path in out.glob(f"{name}.*.tmp")]    # of kills
-    for path in [] if RANK else leftovers if args.resume else [*old, *leftovers]:
-        path.unlink()
-
+    network, how = compiled(model, args, args.batch_size // (WORLD * args.grad_accum), precision)
     cells = getattr(model, "grid", None)
+    length = f"{args.steps} steps" if args.steps else f"{args.minutes:g} minutes of steps"
     print(f"{args.arch} {args.variant}: {sum(p.numel() for p in model.parameters()):,} parameters; "
           f"{training:,} pictures of {args.image_size}x{args.image_size}"
           f"{f' as {cells[0] * cells[1]} tokens' if cells else ''}, {len(data) - training} held "
-          f"out; {args.steps} steps of {args.batch_size} on {device}"
-          f"{f' and {WORLD - 1} more' if WORLD > 1 else ''}")
+          f"out; {length} of {args.batch_size} on {device}"
+          f"{f' and {WORLD - 1} more' if WORLD > 1 else ''}; {how}")
+    deadline = start + 60 * args.minutes if args.minutes else None
     start = time.time()
     with Stop() as stop:
-        train(args, model, network, data, taesd, precision, stop, state)
+        train(args, model, network, data, taesd, precision, stop, state, deadline)
     if WORLD > 1:
         dist.destroy_process_group()
     seconds, steps = time.time() - start, args.steps - (state["step"] if state else 0)
