@@ -705,9 +705,9 @@ class LiquidUNet(nn.Module):
         if len(channels) != len(blocks):
             raise ValueError(f"channels {channels} and blocks {blocks} must have the same length")
         factor = 2 ** (len(channels) - 1)
-        if any(side % factor for side in sides(image_size)):
-            raise ValueError(f"image size {image_size}: each side must be a multiple of {factor}, "
-                             f"because the U-Net halves it {len(channels) - 1} times")
+        if any(side % factor or side == factor for side in sides(image_size)):
+            raise ValueError(f"image size {image_size}: each side must be a larger multiple of "
+                             f"{factor}, because the U-Net halves it {len(channels) - 1} times")
 
         def stage(dim, count):
             return nn.ModuleList(self.block(dim, cond_dim, **block_options) for _ in range(count))
@@ -779,7 +779,7 @@ class TokenCfC(nn.Module):
 
     def forward(self, u, c):
         if self.cfc is None:
-            return torch.zeros_like(u)
+            return 0 * u    # what u was made from gets a gradient of 0, as several GPUs want it
         return self.gain.to(u.dtype) * to_tokens(self.cfc(to_grid(u, *self.grid), c))
 
 
@@ -1297,11 +1297,10 @@ def ddim_sample(model, process, noise, steps, y=None, cfg_scale=1.0, callback=No
                 generator=None, clip=None):
     """noise (B, C, H, W) -> x0, by `steps` DDIM steps, for either process.
 
-    eta 0: no new noise, the same picture every time; eta 1: as much as DDPM's sampler draws (from
-    `generator`). clip: the largest |x0_hat| that is believed, 1 for pictures; where alpha is small,
-    a little error in the predicted noise is a huge one in x0_hat, and would stay in the picture.
-    ValueError for steps < 1, more steps than the process has, and eta outside [0, 1]. Source:
-    Song et al. (2021), "Denoising Diffusion Implicit Models".
+    eta 0: no new noise; eta 1: as much as DDPM's sampler draws, on the CPU, from `generator` (or a
+    list, one a picture), which must not start as noise's did. clip: the largest |x0_hat| that is
+    believed, 1 for pictures: at small alpha a little error in the predicted noise is a huge one in
+    x0_hat, and stays. ValueError for steps as in walk(), and for eta. Source: Song et al. (2021), DDIM.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie between 0 (no new noise) and 1 (DDPM), not {eta}")
@@ -1320,8 +1319,9 @@ def ddim_sample(model, process, noise, steps, y=None, cfg_scale=1.0, callback=No
         variance = (eta * sigma[i + 1] / sigma[i]) ** 2 * added    # between s and t
         x = alpha[i + 1] * x0_hat + math.sqrt(max(0.0, sigma[i + 1] ** 2 - variance)) * noise_hat
         if variance > 0:
-            fresh = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-            x = x + math.sqrt(variance) * fresh
+            each = generator if isinstance(generator, list) else [generator]
+            fresh = [torch.randn(len(x) // len(each), *x.shape[1:], generator=g) for g in each]
+            x = x + math.sqrt(variance) * torch.cat(fresh).to(x)
     return x
 
 
@@ -1366,7 +1366,7 @@ class EMA:
 
 def write_whole(path, fill):
     """fill(file), on a temporary file that is then renamed: all of the new file, or the old one."""
-    path = Path(path)
+    path = Path(path).resolve()    # where a link leads to
     temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")
     try:
         with open(temporary, "wb") as file:

@@ -24,6 +24,7 @@ import math
 import time
 import warnings
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -55,17 +56,29 @@ from train import (
     fit_picture,
     grid_picture,
     guarded,
-    held_out_split,
     load_state,
     load_taesd,
     number,
+    open_picture,
     pick_device,
     sampler_options,
+    say,
     scaled,
+    shuffled_split,
     user_data,
 )
 
 EXPORT_GAP = 1e-3    # the largest error of an exported model that is let through
+
+
+def trusted(path, state, args, name):
+    """A folder that a checkpoint remembers is followed only inside its own one, or if it is typed."""
+    remembered = state["args"].get(name)
+    if remembered and getattr(args, name) is None:
+        if not Path(remembered).resolve().is_relative_to(Path(path).resolve().parent):
+            raise Refused(f"{path} was trained with --{name} {remembered}: give --{name}, that folder "
+                          "if you trust it, or another one")
+        setattr(args, name, remembered)
 
 
 def newest_checkpoint(folder="runs"):
@@ -85,11 +98,29 @@ def load_model(path, device):
     """
     state = load_state(path)
     try:
+        if max(sides(state["config"]["image_size"])) > 4096:
+            raise ValueError("pictures of more than 4096 pixels a side")
+        with torch.device("meta"):    # which takes no memory: is it as large as it says?
+            shapes = {k: v.shape for k, v in create_model(**state["config"]).state_dict().items()}
+        if shapes != {name: value.shape for name, value in state["ema"].items()}:
+            raise ValueError("its weights are not those of its config")
         model = create_model(**state["config"])
         model.load_state_dict(state["ema"])
         process = PROCESSES[state["process"]]()
-        for name in "step", "latents", "args", "pictures", "classes":
-            state[name]    # is asked for later
+        latents, args = state["latents"], state["args"]
+        classes, marks, pictures = state["classes"], state.get("marks"), state["pictures"]
+        channels = model.config["in_channels"], 1, 1
+        known = [type(args) is dict and args["dataset"] in DATASETS,
+                 all(isinstance(args.get(name), str | None) for name in ("data_dir", "taesd_dir")),
+                 all(isinstance(args.get(name), int | None) for name in ("max_images", "seed")),
+                 type(state["step"]) is type(pictures) is int and pictures > 0,
+                 type(classes) in (list, tuple) and all(type(name) is str for name in classes),
+                 model.config["num_classes"] in (0, len(classes)),
+                 marks is None or marks.shape == (pictures, 2) and not marks.is_floating_point(),
+                 latents is None or latents["name"] in TAESD_FILES and latents["limit"] > 0 and all(
+                     latents[name].shape == channels for name in ("mean", "std"))]
+        if not all(known):
+            raise ValueError("its args, classes, counts or latents are not as train.py writes them")
         return model.to(device).eval(), process, state
     except (KeyError, TypeError, RuntimeError, ValueError, AttributeError) as error:
         reason = str(error).split("\n")[0]    # a line, where load_state_dict lists every weight
@@ -102,6 +133,11 @@ def draw_noise(n, shape, seed):
     return torch.stack([torch.randn(shape, generator=generator) for _ in range(n)])
 
 
+def seeds(n, seed):
+    """n seeds for noise beside draw_noise's: picture i gets the same however many are drawn."""
+    return [np.random.SeedSequence([seed, i]).generate_state(1, np.uint64).item() for i in range(n)]
+
+
 def wanted(args, classes, data):
     """What to draw, (n,) numbers of classes, and how many of them make a row of the grid.
 
@@ -110,11 +146,13 @@ def wanted(args, classes, data):
     that there is not.
     """
     if data:
-        held_out = held_out_split(len(data), TEST_SEED)[1][:args.evaluate]
+        held_out = data.held_out[:args.evaluate]
         return data.labels[held_out.to(data.labels.device)], None
     numbers = {str(i): i for i in range(len(classes))}
-    numbers.update({name: i for i, name in enumerate(classes)})    # a name goes before a number
-    for name in args.label or []:
+    numbers.update({normalize("NFC", name): i for i, name in enumerate(classes)})    # before a number
+    args.label, classes = ([normalize("NFC", name) for name in names or []]
+                           for names in (args.label, classes))
+    for name in args.label:
         if name not in numbers:
             raise Refused(f"--label {name}: this model knows {', '.join(classes)}")
     rows = [numbers[name] for name in args.label or classes[:args.n]]
@@ -131,11 +169,14 @@ def draw(model, process, sampler, noise, y, args, picture_of, watch):
     parts, pictures = noise.split(args.batch_size), []
     labels = [None] * len(parts) if y is None else y.split(args.batch_size)
     progress = Progress("step", args.steps * len(parts))
+    fresh = [torch.Generator().manual_seed(number) for number in seeds(len(noise), args.seed)]
     for i, (part, told) in enumerate(zip(parts, labels)):
         def report(step, x_t, x0_hat, before=i * args.steps):
             progress(before + step + 1)
             watch(step, x_t, x0_hat)
 
+        if "eta" in sampler.keywords:
+            sampler.keywords["generator"] = fresh[i * args.batch_size:][:len(part)]
         drawn = sampler(model, process, part, args.steps, told, callback=report)
         pictures.append(picture_of(drawn))
     progress.close()
@@ -153,20 +194,19 @@ def reconstruct(args, device):
     rows, total = [], 0.0
     for path in args.reconstruct:
         try:
-            with Image.open(path) as image:
-                picture = fit_picture(image, size)
+            picture = fit_picture(open_picture(Path(path).read_bytes()), size)
         except Exception as error:    # noqa: BLE001 - decoders fail in many ways
             raise Refused(f"{path}: not a picture that can be read ({error})") from None
         before = scaled(picture)[None]                                         # (1, 3, H, W)
         with torch.no_grad(), user_data():
             after = taesd.decode(taesd.encode(before.to(device))).cpu()
         psnr = -10 * math.log10(max((after - before).square().mean().item() / 4, 1e-10))
-        print(f"{path}: PSNR {psnr:.1f} dB at {size}x{size}")
+        say(f"{path}: PSNR {psnr:.1f} dB at {size}x{size}")
         rows, total = [*rows, before, after], total + psnr
-    print(f"mean PSNR of {len(args.reconstruct)}: {total / len(args.reconstruct):.1f} dB")
+    say(f"mean PSNR of {len(args.reconstruct)}: {total / len(args.reconstruct):.1f} dB")
     grid = grid_picture(torch.cat(rows), 2 * math.ceil(math.sqrt(len(args.reconstruct) / 2)))
     write_whole(args.out, lambda file: grid.save(file, "PNG"))
-    print(f"{args.out}: pairs of before and after")
+    say(f"{args.out}: pairs of before and after")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -176,9 +216,9 @@ def reconstruct(args, device):
 # pictures is measured beside it, with n training pictures in place of the samples.
 # ------------------------------------------------------------------------------------------------
 
-def fixed_normal(*shape):
-    """Normal numbers that are the same in every run."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(TEST_SEED))
+def fixed_normal(*shape, generator=None):
+    """Normal numbers that are the same in every run, or the next ones of a generator."""
+    return torch.randn(shape, generator=generator or torch.Generator().manual_seed(TEST_SEED))
 
 
 def wasserstein(a, b):
@@ -216,7 +256,8 @@ def random_features(pictures):
     The mean of each channel tells what there is and not where. That random filters know textures:
     Ustyuzhaninov et al. (2016), "Texture Synthesis Using Shallow Convolutional Networks ...".
     """
-    weights = [fixed_normal(wide, narrow, 3, 3) * math.sqrt(2 / (9 * narrow))
+    each = torch.Generator().manual_seed(TEST_SEED)    # other numbers for every layer
+    weights = [fixed_normal(wide, narrow, 3, 3, generator=each) * math.sqrt(2 / (9 * narrow))
                for narrow, wide in ((3, 32), (32, 64), (64, 128))]
     weights[0] -= weights[0].mean((2, 3), keepdim=True)
     features = []
@@ -255,8 +296,8 @@ def nearest(pictures, data, indices):
     order = indices.split(max(8, 2**21 // x.shape[1]))    # 8 MiB of pictures at a time
     best, which = x.new_full((len(x),), math.inf), torch.zeros(len(x), dtype=torch.long)
     progress, done = Progress("comparing", len(indices)), 0
-    for part, batch in zip(order, data.batches(order)):
-        y = batch.flatten(1)                                                         # (B, d)
+    for part in order:
+        y = data[part].flatten(1)                                                    # (B, d)
         values, places = (y.square().sum(1) - 2 * (x @ y.T)).min(1)                  # (n,) each
         closer = values < best
         best = torch.where(closer, values, best)
@@ -268,18 +309,20 @@ def nearest(pictures, data, indices):
                       for some, i in zip(x.split(64), which.split(64))])
 
 
-def data_of(state, args, device):
-    """The data set that a run was trained on, from what its checkpoint remembers.
+def data_of(path, state, args, device):
+    """The data set that the run of a checkpoint was trained on, from what that remembers.
 
     ValueError if it is not there any more, has changed, or has fewer than --evaluate held-out
     pictures.
     """
-    old = argparse.Namespace(**state["args"])
-    held_out = len(held_out_split(state["pictures"], TEST_SEED)[1])
+    old = argparse.Namespace(**{"max_images": None, "seed": 0, "split": "order", **state["args"]})
+    old.image_size = state["config"]["image_size"] * (8 if state["latents"] else 1)
+    held_out = len(shuffled_split(state["pictures"])[1])
     if args.evaluate > held_out:
         raise Refused(f"--evaluate {args.evaluate}: the run has {held_out} held-out pictures to "
                       "compare with, and as many samples are drawn")
-    old.data_dir = args.data_dir or old.data_dir
+    trusted(path, state, args, "data_dir")
+    old.data_dir, old.out = args.data_dir, Path(path).parent
     if old.data_dir and not Path(old.data_dir).is_dir():
         raise Refused(f"there is no folder {old.data_dir}: tell with --data_dir where the "
                       "pictures lie that the run was trained on")
@@ -291,19 +334,19 @@ def data_of(state, args, device):
 def evaluate(samples, data, device):
     """Prints how far samples (n, 3, H, W) are from n held-out pictures, and what real ones are."""
     n = len(samples)
-    training, held_out = held_out_split(len(data), TEST_SEED)    # either in a random order
-    real, other = (torch.cat(list(data.batches(part[:n].split(64)))).cpu()
-                   for part in (held_out, training))
+    training = data.training    # in a random order, as .held_out
+    real, other = (torch.cat([data[indices] for indices in part[:n].split(64)]).cpu()
+                   for part in (data.held_out, training))
     samples = samples.clamp(-1, 1)
     both = nearest(torch.cat([samples, real]).to(device), data, training).view(2, n) * 127.5
     rows = [(name, *(distance((x + 1) * 127.5, (real + 1) * 127.5) for x in (samples, other)), sees)
             for name, (distance, sees) in DISTANCES.items()]
     rows.append(("nearest training", *both.median(1).values.tolist(),
                  "copies, where far below that of real pictures"))
-    print(f"{n} samples beside {n} held-out pictures; real: real pictures in their place\n"
+    say(f"{n} samples beside {n} held-out pictures; real: real pictures in their place\n"
           f"{'in shades of 255':<18}{'samples':>9}{'real':>9}   what it sees")
     for name, ours, theirs, sees in rows:
-        print(f"{name:<18}{ours:9.2f}{theirs:9.2f}   {sees}")
+        say(f"{name:<18}{ours:9.2f}{theirs:9.2f}   {sees}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -561,13 +604,13 @@ def export(path, model, process, taesd, state):
         made.append((target, data, line))
     for target, data, line in made:
         write_whole(target, lambda file, data=data: file.write(data))
-        print(line)
+        say(line)
     if classes:
         known = (f"{i} {name}" for i, name in enumerate((*state["classes"], "any")))
-        print(f"y: {', '.join(known)}")
+        say(f"y: {', '.join(known)}")
     if process.predicts == "noise":
         limit = sampler_options(SAMPLER_OF["noise"], latents)["clip"]
-        print(f"for DDIM: the largest |x0| that is believed is {limit:.4f}")
+        say(f"for DDIM: the largest |x0| that is believed is {limit:.4f}")
 
 
 def parse_arguments(argv=None):
@@ -592,10 +635,8 @@ def parse_arguments(argv=None):
     add("--evaluate", type=number(int, 1), metavar="N",
         help="draw N samples instead, measure how far they are from N held-out pictures, and show "
              "the first --n")
-    add("--data_dir", help="where the pictures lie that were trained on; for --evaluate, if they "
-                           "were moved")
-    add("--taesd_dir", help="folder of the autoencoder's files; if not given, the one that was "
-                            "trained with, or a download")
+    add("--data_dir", help="where the pictures lie that were trained on, for --evaluate")
+    add("--taesd_dir", help="folder of the autoencoder's files; downloaded if not given")
     add("--reconstruct", nargs="+", metavar="PICTURE",
         help="no samples: what an autoencoder alone does to these pictures")
     add("--export", metavar="FILE", help="no samples: the model for other programs, as an .onnx or "
@@ -611,13 +652,12 @@ def parse_arguments(argv=None):
         parser.error("--latents and --image_size are for --reconstruct; a checkpoint has its own")
     if args.reconstruct and args.export:
         parser.error("--export needs a model, and --reconstruct has none")
-    if args.reconstruct or args.export:
-        given = [f"--{name}" for name in ("n", "batch_size", "steps", "sampler", "label", "cfg",
-                                          "eta", "seed", "gif", "gates", "evaluate", "amp")
-                 if getattr(args, name) != parser.get_default(name)]
-        if given:
-            parser.error(f"--reconstruct and --export draw no samples: leave out "
-                         f"{', '.join(given)}")
+    for mode, used in (("reconstruct", {"latents", "image_size", "taesd_dir", "out", "device"}),
+                       ("export", {"ckpt", "taesd_dir", "device"})):
+        given = [f"--{name}" for name, value in vars(args).items()
+                 if name not in {mode, *used} and value != parser.get_default(name)]
+        if getattr(args, mode) and given:
+            parser.error(f"--{mode} draws no samples: leave out {', '.join(given)}")
     if args.evaluate and args.label:
         parser.error("--evaluate compares with pictures of all classes: leave out --label")
     if args.data_dir and not args.evaluate:
@@ -643,8 +683,9 @@ def run(args):
     latents = state["latents"]
     if args.taesd_dir and not latents:
         raise Refused(f"--taesd_dir is for models of latents; {path} draws pixels")
-    taesd = load_taesd(latents["name"], args.taesd_dir or state["args"].get("taesd_dir"),
-                       device) if latents else None
+    if latents:
+        trusted(path, state, args, "taesd_dir")
+    taesd = load_taesd(latents["name"], args.taesd_dir, device) if latents else None
     if args.export:
         return export(Path(args.export), model, process, taesd, state)
 
@@ -665,13 +706,13 @@ def run(args):
         if name not in noisy:
             raise Refused(f"--eta {args.eta}: only --sampler {' or '.join(noisy)} draws fresh "
                           f"noise, not {name}")
-        options.update(eta=args.eta, generator=torch.Generator(device).manual_seed(args.seed))
+        options["eta"] = args.eta
 
     classes = model.config["num_classes"]
     if not classes and (args.label or args.cfg is not None):
         raise Refused(f"{path}: knows no classes; --label and --cfg need a model that was "
                       "trained with --labels")
-    data = data_of(state, args, device) if args.evaluate else None
+    data = data_of(path, state, args, device) if args.evaluate else None
     count, columns, y = args.evaluate or args.n, None, None
     if classes:
         y, columns = wanted(args, state["classes"], data)
@@ -680,9 +721,9 @@ def run(args):
     shown = min(args.n, count) if args.evaluate else count
     shape = model.config["in_channels"], *sides(model.config["image_size"])
     noise = draw_noise(count, shape, args.seed).to(device)
-    print(f"{path}: {model.config['arch']} {model.config['variant']}, step "
+    say(f"{path}: {model.config['arch']} {model.config['variant']}, step "
           f"{state['step']}; {count} pictures in {args.steps} {name} steps on {device}")
-    start, frames = time.time(), [[] for _ in range(args.steps)]
+    start, frames = time.monotonic(), [[] for _ in range(args.steps)]
     sampler = functools.partial(SAMPLERS[name], **options)
     with Gates(model, args.steps) if args.gates else contextlib.nullcontext() as gates:
         def watch(step, x_t, x0_hat):
@@ -695,18 +736,18 @@ def run(args):
 
     grid = grid_picture(pictures[:shown], columns)
     write_whole(args.out, lambda file: grid.save(file, "PNG"))
-    seconds = time.time() - start
-    print(f"{args.out}: {count} pictures in {duration(seconds)} ({count / seconds:.1f} a second)")
+    seconds = time.monotonic() - start
+    say(f"{args.out}: {count} pictures in {duration(seconds)} ({count / max(seconds, 1e-9):.1f} a second)")
     if args.gif:
         images = [grid_picture(torch.cat(frame), columns) for frame in frames] + [grid]
         times = [max(20, 3000 // args.steps)] * args.steps + [2000]    # ms; rest on the last
         write_whole(args.gif, lambda file: images[0].save(
             file, "GIF", save_all=True, append_images=images[1:], duration=times, loop=0))
-        print(f"{args.gif}: the path from noise to picture, {len(images)} frames")
+        say(f"{args.gif}: the path from noise to picture, {len(images)} frames")
     if args.gates:
         page = gates_picture(gates, process.times(args.steps).tolist())
         write_whole(args.gates, lambda file: page.save(file, "PNG"))
-        print(f"{args.gates}: the gates of {len(gates.layers)} liquid layers")
+        say(f"{args.gates}: the gates of {len(gates.layers)} liquid layers")
     if args.evaluate:
         evaluate(pictures, data, device)
 

@@ -23,11 +23,14 @@ import io
 import itertools
 import math
 import os
+import shlex
 import signal
 import socket
 import sys
 import time
+import unicodedata
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -35,10 +38,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import ConcatDataset, DataLoader, Subset
+from torch.utils.data import ConcatDataset
 from torchvision.utils import make_grid
+
+try:
+    import fcntl
+except ImportError:    # Windows
+    fcntl = None
 
 from liquidflow import (
     ARCHS,
@@ -66,9 +74,7 @@ HELD_OUT = 512              # pictures that are never trained on (half, of a set
 TEST_SEED = 0               # chooses them, their noise, and what --max_images keeps, in every run
 EPOCH_OF_SHAPES = 50_000    # pictures
 LATENTS_FROM = 64           # pixels; smaller pictures have latents of less than 8x8
-IN_MEMORY = 2 * 2**30       # bytes of pictures; a larger data set is read while it is trained on
-WORKERS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
-              else os.cpu_count() or 1)    # processes that read it ahead
+IN_MEMORY = 2 * 2**30       # bytes of pictures; a larger set is kept in a file beside the run
 
 # What each model was designed for, and the sampler for what a process's network predicts
 PROCESS_OF = {"patch": "flow", "unet": "flow", "mamba": "diffusion"}
@@ -103,30 +109,24 @@ def user_data():
 
 
 # ------------------------------------------------------------------------------------------------
-# Data. A data set has len(), the number of its pictures, .labels (N,) and .classes (their names).
+# Data. A data set has len(), the number of its pictures, .labels (N,) and .classes (their names);
+# .training and .held_out are the indices of those that are trained on, and of those that never are.
 # data[indices] gives pictures (B, 3, H, W) in [-1, 1] on its device; picture i + len(data) is
 # picture i, mirrored.
 # ------------------------------------------------------------------------------------------------
 
 class DataSet:
-    """What data sets share; each has its own len(), pictures(indices), .labels and .classes.
+    """What data sets of pictures share; each has its own len(), pictures(indices) and the rest.
 
-    Those of pictures also have a .key, which tells the pictures of one set from those of another.
+    Of stored ones, .names and .marks (N, 2) tell one picture from another, by name and content.
     """
 
-    latents = None    # what sample.py must know of them, where they are no pictures: see Latents
+    latents = names = marks = None    # latents: see Latents
 
     def __getitem__(self, indices):
-        return self.mirrored(self.pictures(indices % len(self)), indices)
-
-    def mirrored(self, pictures, indices):
-        """Pictures (B, 3, H, W), of which those whose index asks for it are mirrored."""
+        pictures = self.pictures(indices % len(self))
         mirror = moved(indices >= len(self), pictures.device)
         return torch.where(mirror[:, None, None, None], pictures.flip(3), pictures)
-
-    def batches(self, order):
-        """self[indices] for each indices (B,) in order."""
-        return map(self.__getitem__, order)
 
 
 def scaled(images):
@@ -139,77 +139,47 @@ def moved(tensor, device):
     return tensor.to(device, non_blocking=torch.device(device).type == "cuda")
 
 
-class Pictures(DataSet):
-    """A data set small enough for memory: images (N, 3, H, W) uint8, kept on the device."""
+def mark(content):
+    """str or bytes -> a whole number of 64 bits that no two pictures of a set will share (SHA-1)."""
+    if isinstance(content, str):
+        content = content.encode(errors="surrogateescape")    # a file's name need be no UTF-8
+    return int.from_bytes(hashlib.sha1(content).digest()[:8], "big", signed=True)
 
-    def __init__(self, images, labels, classes, device, key=""):
-        self.images, self.labels, self.classes = images.to(device), labels, classes
-        self.key = key
+
+def shuffled_split(count, seed=TEST_SEED):
+    """(training indices, held-out indices) by a seeded shuffle; at most half is held out."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    held_out = min(HELD_OUT, count // 2)
+    return order[held_out:], order[:held_out]
+
+
+def named_split(marks):
+    """The same by the pictures' names, whose marks come first in marks (N, 2): what is held out has
+    the smallest, so no other picture and no order of files changes on which side a picture is.
+    """
+    order = marks[:, 0].argsort(stable=True)
+    held_out = min(HELD_OUT, len(order) // 2)
+    return order[held_out:], order[:held_out]
+
+
+class Pictures(DataSet):
+    """Stored pictures: images (N, 3, H, W) uint8, on the device or mapped from a file.
+
+    split: "names", or "order" for runs from before there were marks; marks: see DataSet.
+    """
+
+    def __init__(self, images, labels, classes, device, names, marks, split="names"):
+        self.images, self.labels, self.classes, self.device = images, labels, classes, device
+        self.names, self.marks = names, marks
+        self.training, self.held_out = (
+            shuffled_split(len(images)) if split == "order" else named_split(marks))
 
     def __len__(self):
         return len(self.images)
 
     def pictures(self, indices):
         """(B,) -> (B, 3, H, W)."""
-        return scaled(self.images[moved(indices, self.images.device)])
-
-
-def read(source, indices):
-    """Pictures (B, 3, H, W) uint8 from a source or, as text, why one of them cannot be read.
-
-    As text, since an exception comes out of a worker process with its traceback for a message.
-    """
-    try:
-        return torch.stack([source[i][0] for i in indices])
-    except Exception as error:    # noqa: BLE001 - decoders fail in many ways
-        return str(error)
-
-
-def leave_signals(worker):
-    """What a worker process starts with: Ctrl-C and the like are for the one that it reads for.
-
-    That one finishes its step and saves, for which it still needs its workers.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(os, "setpgrp"):    # a group of its own: a signal to the whole group passes it by
-        os.setpgrp()
-
-
-class Streamed(DataSet):
-    """A data set too large for memory: pictures are read and decoded when they are asked for.
-
-    source: len() and source[i], which is (picture (3, H, W) uint8, label).
-    """
-
-    def __init__(self, source, labels, classes, device, key=""):
-        self.source, self.labels, self.classes, self.device = source, labels, classes, device
-        self.key = key
-
-    def __len__(self):
-        return len(self.source)
-
-    def pictures(self, indices):
-        """(B,) -> (B, 3, H, W)."""
-        return self.checked(read(self.source, indices.tolist()))
-
-    def checked(self, images):
-        """What read() returned -> pictures in [-1, 1] on the device. ValueError if it is text."""
-        if not torch.is_tensor(images):
-            raise Refused(f"a picture cannot be read: {images}; mend it, or put another one in "
-                          "its place (a run that has been saved goes on with --resume)")
-        return scaled(moved(images, self.device))
-
-    def batches(self, order):
-        """self[indices] for each indices (B,) in order, read ahead by worker processes.
-
-        The loader has a random generator of its own, so that the run's own one does not notice.
-        """
-        order, ahead = itertools.tee(order)    # the loader is some batches ahead
-        wanted = (indices % len(self) for indices in ahead)
-        loader = DataLoader(range(len(self)), batch_sampler=wanted, num_workers=WORKERS,
-                            collate_fn=functools.partial(read, self.source),
-                            worker_init_fn=leave_signals, generator=torch.Generator())
-        return map(self.mirrored, map(self.checked, loader), order)
+        return scaled(moved(self.images[moved(indices, self.images.device)], self.device))
 
 
 def hsv(hue, saturation, value):
@@ -234,7 +204,8 @@ class Shapes(DataSet):
         generator = torch.Generator().manual_seed(seed)
         self.numbers = torch.rand(count, 12, generator=generator).to(device)
         self.labels = torch.randint(len(self.classes), (count,), generator=generator).to(device)
-        self.size, self.key = size, f"shapes {count} {seed}"
+        self.size = size
+        self.training, self.held_out = shuffled_split(count)
 
     def __len__(self):
         return len(self.numbers)
@@ -288,16 +259,40 @@ class Shapes(DataSet):
         return (torch.lerp(torch.lerp(first, second, ramp), ink, cover)) * 2 - 1
 
 
+FORMATS = "JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF"
+EXTENSIONS = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY    # long text is no reason to refuse
+
+
+def open_picture(content):
+    """The PIL picture in bytes: by what they are, not by a name, and of the formats above only."""
+    if content[:3] == b"\xff\xd8\xff" and content[-2:] != b"\xff\xd9":
+        # A JPEG without its end. It lacks nothing else if more of the same would go unnoticed
+        ends = [content + more + b"\xff\xd9" for more in (b"", 999 * b"\x55")]
+        one, other = (np.asarray(Image.open(io.BytesIO(end), formats=["JPEG"])) for end in ends)
+        if (one != other).any():
+            raise ValueError("cut short")
+        content = ends[0]
+    return Image.open(io.BytesIO(content), formats=[kind for kind in FORMATS if kind in Image.OPEN])
+
+
 def fit_picture(image, size):
     """A PIL picture -> (3, size, size) uint8, upright, RGB, centre-cropped and resized.
 
-    Transparency becomes white; 16-bit grey keeps its upper 8 bits.
+    Transparency becomes white; 16-bit grey keeps its upper 8 bits. ValueError for numbers whose
+    range nothing tells.
     """
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        grey = np.asarray(image, dtype=np.float32)    # "I" and "F" may hold 8 or 16 bits: look
-        scale = 257 if image.mode.startswith("I;16") or grey.max() > 255 else 1
-        image = Image.fromarray((grey / scale).clip(0, 255).astype(np.uint8))
+    wide = image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM")
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception:    # noqa: BLE001, S110 - odd metadata do not spoil a picture
+        pass
+    if wide:
+        grey = np.asarray(image, dtype=np.float32)    # 16 bits, though "I" has room for 32
+        image = Image.fromarray((grey / 257).clip(0, 255).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode}: white may be 1, or 255, or anything; save it with 8 "
+                         "or 16 bits")
     if image.mode in ("P", "PA", "LA", "La", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -306,57 +301,53 @@ def fit_picture(image, size):
 
 
 # Sources. Each function takes a folder and fit, which makes a tensor of a PIL picture, and returns
-# (source, labels, classes) with source[i] = (fit(picture i), label i), as torchvision has it.
-
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-
+# (source, labels, classes) with source[i] = (fit(picture i), label i), as torchvision has it. Ours
+# have source.content(i) instead, the bytes of picture i, and source.names.
 
 class Files:
-    """The source of a list of picture files. ValueError that names a file, if it is damaged."""
+    """The source of a list of picture files below a folder, and how many were left out, and why."""
 
-    def __init__(self, paths, labels, fit):
-        self.paths, self.labels, self.fit = paths, labels, fit
+    def __init__(self, root, paths, left_out):
+        self.paths, self.left_out = paths, left_out
+        self.names = [unicodedata.normalize("NFC", path.relative_to(root).as_posix())
+                      for path in paths]
 
     def __len__(self):
         return len(self.paths)
 
-    def __getitem__(self, i):
-        try:
-            with Image.open(self.paths[i]) as image:
-                return self.fit(image), self.labels[i]
-        except Exception as error:    # noqa: BLE001 - as above
-            raise Refused(f"{self.paths[i]} ({error})") from None
+    def content(self, i):
+        """The bytes of picture i."""
+        return self.paths[i].read_bytes()
+
+
+def files_below(folder, left_out, above=()):
+    """The picture files below a folder, links followed; what is left out is counted, by reason."""
+    real = folder.resolve()
+    for path in sorted(folder.iterdir()) if real not in above else ():
+        if path.name.startswith(".") or path.name in ("@eaDir", "__MACOSX", "Thumbs.db"):
+            left_out["hidden or thumbnails"] += 1
+        elif path.is_dir():
+            yield from files_below(path, left_out, (*above, real))
+        elif path.suffix.lower() not in EXTENSIONS:
+            left_out[f"{path.suffix or 'without an ending'}"] += 1
+        elif path.is_file():
+            yield path
 
 
 def folder(root, fit):
-    """Every picture below a folder; its sub-folders are classes.
-
-    Files are opened here, though not decoded, so that what is no picture is named and left out at
-    once, and not found in the middle of a night.
-    """
+    """Every picture below a folder; its sub-folders are classes."""
     if not root or not root.is_dir():
         raise Refused("--dataset folder needs --data_dir, a folder of pictures"
                       + (f"; there is no folder {root}" if root else ""))
-    found = sorted(p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
-    progress, paths, folders = Progress("checking pictures", len(found)), [], []
-    for i, path in enumerate(found):
-        try:
-            Image.open(path).close()
-            parts = path.relative_to(root).parts
-            folders.append(parts[0] if len(parts) > 1 else "")
-            paths.append(path)
-        except Exception as error:    # noqa: BLE001 - as above
-            unknown = isinstance(error, UnidentifiedImageError)
-            warn(f"skipped {path} ({'not a picture' if unknown else error})")
-        progress(i + 1)
-    progress.close()
-    if not paths:
-        raise Refused(f"no picture in {root} could be read; files ending in "
+    left_out = Counter()
+    source = Files(root, list(files_below(root, left_out)), left_out)
+    if not source.paths:
+        raise Refused(f"there is no picture in {root}; files ending in "
                       f"{' '.join(sorted(EXTENSIONS))} are looked for")
+    folders = [name.rpartition("/")[0].split("/")[0] for name in source.names]
     classes = sorted(set(folders))
     number_of = {name: i for i, name in enumerate(classes)}
-    labels = [number_of[name] for name in folders]
-    return Files(paths, labels, fit), labels, classes
+    return source, [number_of[name] for name in folders], classes
 
 
 CIFAR_URLS = {    # the same files; their home, the last, has been very slow since June 2026
@@ -402,35 +393,26 @@ def celeba(root, fit):
 
 
 class LSUN:
-    """The source of LSUN's LMDB databases, a folder each.
+    """The source of LSUN's LMDB databases, a folder each. torchvision's own leaves a file behind."""
 
-    torchvision's own LSUN leaves a file in the current folder, and keeps databases open, which
-    cannot be handed to worker processes. Opening takes much less time than decoding a picture.
-    """
-
-    def __init__(self, folders, fit):
-        self.folders, self.fit, self.keys, self.labels = folders, fit, [], []
-        for label, path in enumerate(folders):
-            with self.open(path) as database, database.begin() as view:
-                self.keys += view.cursor().iternext(values=False)
-            self.labels += [label] * (len(self.keys) - len(self.labels))
-
-    def open(self, path):
-        """A database, to read from it."""
+    def __init__(self, folders):
         import lmdb
-        return lmdb.open(str(path), readonly=True, lock=False, readahead=False)
+        self.labels, self.keys, self.names, self.databases = [], [], [], []
+        for label, path in enumerate(folders):
+            self.databases.append(lmdb.open(str(path), readonly=True, lock=False, readahead=False))
+            with self.databases[-1].begin() as view:
+                keys = list(view.cursor().iternext(values=False))
+            self.keys += keys
+            self.names += [f"{path.name}/{key.decode(errors='replace')}" for key in keys]
+            self.labels += [label] * len(keys)
 
     def __len__(self):
         return len(self.keys)
 
-    def __getitem__(self, i):
-        path = self.folders[self.labels[i]]
-        with self.open(path) as database, database.begin() as view:
-            content = view.get(self.keys[i])
-        try:
-            return self.fit(Image.open(io.BytesIO(content))), self.labels[i]
-        except Exception as error:    # noqa: BLE001 - a damaged picture, as above
-            raise Refused(f"{path}, {self.keys[i].decode()} ({error})") from None
+    def content(self, i):
+        """The bytes of picture i."""
+        with self.databases[self.labels[i]].begin() as view:
+            return view.get(self.keys[i])
 
 
 def lsun(root, fit):
@@ -440,19 +422,65 @@ def lsun(root, fit):
         raise Refused("--dataset lsun needs --data_dir, a folder with bedroom_train_lmdb, or "
                       "other categories, in it; github.com/fyu/lsun has a script that downloads "
                       f"them{f'. There is none in {root}' if root else ''}")
-    source = LSUN(folders, fit)
+    source = LSUN(folders)
     return source, source.labels, [path.name.removesuffix("_train_lmdb") for path in folders]
 
 
-def listing(source, root):
-    """What may change in a folder: a hash of its pictures' names, sizes and dates, or LSUN's keys.
+def decode(source, names, chosen, size, args, device, left_out):
+    """Reads the chosen pictures of a source: images (N, 3, size, size) uint8 on the device, which of
+    them could be read, and their marks (N, 2).
 
-    Archives have nothing of the kind: their checksums have been checked.
+    More than IN_MEMORY go into a file beside the run, and the next run on them finds it there.
     """
-    lines = [f"{path.relative_to(root)} {stat.st_size} {stat.st_mtime_ns}".encode(
-             errors="surrogateescape")
-             for path, stat in ((path, path.stat()) for path in getattr(source, "paths", []))]
-    return hashlib.sha1(b"\n".join(lines + getattr(source, "keys", []))).hexdigest()
+    def read(i):
+        try:
+            if not hasattr(source, "content"):
+                return source[i][0], 0    # of an archive whose checksum was checked
+            content = source.content(i)
+            return fit_picture(open_picture(content), size), mark(content)
+        except Exception as error:    # noqa: BLE001 - decoders fail in many ways
+            return f"skipped {names[i]} ({str(error).replace(chr(10), ' ')})"
+
+    kept, marks, shape = [], [], (-1, 3, size, size)
+
+    def fill(file):
+        progress = Progress("reading pictures", len(chosen))
+        with ThreadPoolExecutor() as pool:
+            for start in range(0, len(chosen), 1024):
+                part = chosen[start:start + 1024]
+                for i, found in zip(part, pool.map(read, part)):
+                    if isinstance(found, str):
+                        warn(found)
+                        left_out["damaged"] += 1
+                    else:
+                        file.write(found[0].numpy().tobytes())
+                        kept.append(i)
+                        marks.append((mark(names[i]), found[1]))
+                progress(start + len(part))
+        progress.close()
+
+    if len(chosen) * 3 * size**2 <= IN_MEMORY:
+        fill(memory := io.BytesIO())
+        images = torch.frombuffer(memory.getbuffer(), dtype=torch.uint8) if kept else torch.empty(0)
+        return images.view(shape).to(device), kept, torch.tensor(marks)
+    stats = [path.stat() for path in getattr(source, "paths", [])]
+    known = repr([args.dataset, size, [(names[i], *((stats[i].st_size, stats[i].st_mtime_ns)
+                                                   if stats else ())) for i in chosen]])
+    raw = Path(args.out).parent / f"pictures-{args.dataset}-{size}-{mark(known):+x}.bin"
+    if raw.exists() and raw.with_suffix(".pt").exists():
+        with user_data():
+            saved = load_checkpoint(raw.with_suffix(".pt"))
+        left_out.clear()
+        left_out.update(saved["left_out"])
+        say(f"pictures from {raw}")
+    else:
+        raw.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(raw, fill)
+        saved = {"kept": kept, "marks": torch.tensor(marks), "left_out": dict(left_out)}
+        save_checkpoint(raw.with_suffix(".pt"), saved)
+        say(f"pictures kept in {raw} ({raw.stat().st_size / 2**30:.1f} GiB)")
+    images = torch.from_file(str(raw), shared=False, size=raw.stat().st_size, dtype=torch.uint8)
+    return images.view(shape), saved["kept"], saved["marks"]
 
 
 def stored(make, side=math.inf, package=None, files=None, mirror=True):
@@ -480,29 +508,25 @@ def stored(make, side=math.inf, package=None, files=None, mirror=True):
             hint = (f". --dataset shapes needs no download; what you download yourself goes to "
                     f"{root}, as {files}" if files else "")
             raise Refused(f"--dataset {name}: {str(error).rstrip('.')}{hint}") from None
-        key = f"{name} {len(source)} {listing(source, root)}"
+        names = getattr(source, "names", None) or [str(i) for i in range(len(source))]
+        chosen = range(len(source))
         if args.max_images and args.max_images < len(source):
-            chosen = torch.randperm(len(source), generator=torch.Generator().manual_seed(TEST_SEED))
-            chosen = chosen[:args.max_images].sort().values.tolist()
-            source, labels = Subset(source, chosen), [labels[i] for i in chosen]
+            chosen = sorted(chosen, key=lambda i: mark(f"kept? {names[i]}"))
+            if args.split == "order":
+                chosen = torch.cat(shuffled_split(len(source))[::-1]).tolist()
+            chosen = sorted(chosen[:args.max_images])
         if size > 2 * side:
             warn(f"the pictures of {name} have {side} pixels: at {size} the model learns to draw "
                  "them blown up, and the more slowly for it")
-        if len(source) * 3 * size**2 > IN_MEMORY:
-            return Streamed(source, torch.tensor(labels), classes, device, key)
-        images, kept = torch.empty(len(source), 3, size, size, dtype=torch.uint8), []
-        progress = Progress("reading pictures", len(source))
-        for i in range(len(source)):
-            try:
-                images[len(kept)] = source[i][0]
-                kept.append(i)
-            except Exception as error:    # noqa: BLE001 - a damaged picture, as above
-                warn(f"skipped {error}")
-            progress(i + 1)
-        progress.close()
+        left_out = getattr(source, "left_out", Counter())
+        images, kept, marks = decode(source, names, chosen, size, args, device, left_out)
         if not kept:
             raise Refused(f"--dataset {name}: no picture could be read")
-        return Pictures(images[:len(kept)], torch.tensor(labels)[kept], classes, device, key)
+        labels = torch.tensor(labels)[kept]
+        reasons = ", ".join(f"{count} {why}" for why, count in left_out.items())
+        shown = f" in {len(classes)} classes ({', '.join(classes)})" if len(classes) > 1 else ""
+        say(f"{name}: {len(kept)} pictures{shown}{f'; left out: {reasons}' if reasons else ''}")
+        return Pictures(images, labels, classes, device, [names[i] for i in kept], marks, args.split)
     load.mirror = mirror
     return load
 
@@ -530,13 +554,6 @@ DATASETS = {
                      ".txt files beside it"),
     "lsun": stored(lsun, 256, "lmdb"),
 }
-
-
-def held_out_split(count, seed):
-    """(training indices, held-out indices) by a seeded shuffle; at most half is held out."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    held_out = min(HELD_OUT, count // 2)
-    return order[held_out:], order[:held_out]
 
 
 def shuffled(indices, batch_size, seed, skip=0, mirror=0):
@@ -582,11 +599,11 @@ def encode_all(data, taesd, device, batch=16):
     height, width = data[torch.tensor([0])].shape[2:]
     latents = torch.empty(2 * len(data), taesd.latent_channels, height // 8, width // 8,
                           dtype=torch.float16)
-    print(f"encoding {len(data)} pictures, and mirrored, into {latents.nbytes / 2**20:.0f} MiB of "
+    say(f"encoding {len(data)} pictures, and mirrored, into {latents.nbytes / 2**20:.0f} MiB of "
           "memory; --max_images bounds them")
-    order, progress = torch.arange(len(latents)).split(batch), Progress("encoding", len(latents))
-    for part, pictures in zip(order, data.batches(order)):
-        latents[part] = taesd.encode(pictures.to(device)).half().cpu()
+    progress = Progress("encoding", len(latents))
+    for part in torch.arange(len(latents)).split(batch):
+        latents[part] = taesd.encode(data[part].to(device)).half().cpu()
         progress(part[-1].item() + 1)
     progress.close()
     return latents
@@ -598,7 +615,9 @@ def cached_latents(data, taesd, args, device):
     The file's name has a key of all that makes the latents what they are: the pictures, their
     size, and the encoder's weights. ValueError if it holds something else, or is damaged.
     """
-    made_from = f"{data.key} {len(data)} {args.image_size}".encode()
+    made_from = f"{args.dataset} {args.seed} {len(data)} {args.image_size}".encode()
+    if data.marks is not None:
+        made_from = f"{args.image_size} {data.marks.tolist()}".encode()
     for value in taesd.encoder.state_dict().values():
         made_from += value.cpu().numpy().tobytes()
     key = hashlib.sha1(made_from).hexdigest()
@@ -610,12 +629,12 @@ def cached_latents(data, taesd, args, device):
         if not isinstance(saved, dict) or saved.get("key") != key:
             raise Refused(f"{path}: made from other pictures, or by another autoencoder, than "
                           "its name says; remove it, and they are encoded again")
-        print(f"latents from {path}")
+        say(f"latents from {path}")
         return saved["latents"]
     latents = encode_all(data, taesd, device)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(path, {"key": key, "latents": latents})
-    print(f"latents kept in {path} ({path.stat().st_size / 2**20:.0f} MiB)")
+    say(f"latents kept in {path} ({path.stat().st_size / 2**20:.0f} MiB)")
     return latents
 
 
@@ -628,6 +647,8 @@ class Latents(DataSet):
 
     def __init__(self, latents, data, name, device):
         self.stored, self.labels, self.classes = latents.to(device), data.labels, data.classes
+        self.names, self.marks = data.names, data.marks
+        self.training, self.held_out = data.training, data.held_out
         means, stds, limits = [], [], []
         for channel in latents.unbind(1):                                            # (2 N, h, w)
             channel = channel.float()    # one at a time, as float32 takes twice the memory
@@ -698,14 +719,29 @@ class Parser(argparse.ArgumentParser):
 def fail(message):
     """Ends the program with one line on stderr and exit code 2."""
     who = Path(sys.argv[0]).name + (f" (process {RANK})" if WORLD > 1 else "")
-    print(f"{who}: {' '.join(str(message).split())}", file=sys.stderr)
+    say(f"{who}: {' '.join(str(message).split())}", err=True)
     sys.exit(2)
+
+
+def say(text="", end="\n", err=False, before=""):
+    """Prints. A console that has gone away, or lacks a letter, is no reason to lose any work.
+
+    Control characters, which names in a stranger's files may have, become question marks.
+    """
+    name = "stderr" if err else "stdout"
+    file = getattr(sys, name)
+    text = "".join(c if c.isprintable() or c == "\n" else "?" for c in str(text))
+    code = getattr(file, "encoding", None) or "utf-8"
+    try:
+        print(before + text.encode(code, "replace").decode(code), end=end, file=file, flush=True)
+    except (OSError, ValueError, RuntimeError):    # nobody reads it any more
+        setattr(sys, name, open(os.devnull, "w"))    # noqa: SIM115 - to the end
 
 
 def warn(message):
     """A line on stderr, from the first process only."""
     if not RANK:
-        print(message, file=sys.stderr)
+        say(message, err=True)
 
 
 def number(kind, low, high=math.inf):
@@ -735,27 +771,27 @@ class Progress:
 
     def __init__(self, what, total, already=0):
         self.what, self.total, self.already = what, total, already
-        self.start, self.shown, self.live = time.time(), 0.0, sys.stdout.isatty()
+        self.start, self.shown, self.live = time.monotonic(), 0.0, sys.stdout.isatty()
 
     def __call__(self, done, text=""):
         """Shows the state, at most every 0.2 seconds (every 10, where it is not a terminal)."""
-        now = time.time()
+        now = time.monotonic()
         if now - self.shown < (0.2 if self.live else 10) and done < self.total:
             return
         self.shown = now
         left = (now - self.start) / max(done - self.already, 1) * (self.total - done)
         line = f"{self.what} {done}/{self.total} {text} {duration(left)} left"
-        print(f"\r\x1b[K{line}" if self.live else line, end="" if self.live else "\n", flush=True)
+        say(line, end="" if self.live else "\n", before="\r\x1b[K" if self.live else "")
 
     def note(self, text):
         """Leaves a line of its own above the one that is written over."""
-        print(f"\r\x1b[K{text}" if self.live else text)
+        say(text, before="\r\x1b[K" if self.live else "")
         self.shown = 0.0
 
     def close(self):
         """Ends the line."""
         if self.live:
-            print()
+            say()
 
 
 def pick_device(name):
@@ -763,6 +799,8 @@ def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else (
             "mps" if torch.backends.mps.is_available() else "cpu")
+    if WORLD > 1 and name not in ("cpu", "cuda"):
+        raise Refused(f"--device {name}: several processes take cpu or cuda, a GPU each")
     if name == "cuda" and WORLD > 1:
         name = f"cuda:{LOCAL_RANK}"
     try:
@@ -783,7 +821,12 @@ def pick_device(name):
 
 def join_group(device):
     """Meets the other processes, if there are any; only the first one goes on speaking."""
+    told = [name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")]
+    if any(told[:2]) and not all(told) or not 0 <= LOCAL_RANK <= RANK < WORLD:
+        raise Refused("RANK, LOCAL_RANK, WORLD_SIZE and MASTER_ADDR do not fit together: start several "
+                      "processes with torchrun, and one without them in the environment")
     if WORLD > 1:
+        say(f"waiting for {WORLD} processes to meet")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                 timeout=timedelta(days=1))    # while one draws, or encodes
         if RANK:
@@ -811,10 +854,10 @@ def of_first(value, device):
 
 def timed(function, device):
     """The seconds that function() takes by the first process's clock; all processes are told."""
-    begin = of_first(0, device) or time.time()
+    begin = of_first(0, device) or time.monotonic()
     function()
     of_first(0, device)
-    return of_first(time.time() - begin, device)
+    return of_first(time.monotonic() - begin, device)
 
 
 def first_come_first(make):
@@ -931,21 +974,28 @@ class Log:
             return
         names = ["step", "loss", *(f"loss_t{i}" for i in range(4)), "held_out", *parts, "lr",
                  "images_per_s"]
-        kept = []
-        if since and Path(path).exists():
-            with open(path, newline="") as file:    # a row that a power cut has torn is dropped
-                kept = [row for row in csv.DictReader(file)
-                        if row["images_per_s"] and int(row["step"]) <= since]
+        kept, path = [], Path(path)
+        if since and path.exists():
+            try:    # a row that a power cut has torn is dropped
+                with open(path, newline="", encoding="utf-8-sig") as file:
+                    rows = csv.DictReader(file)
+                    list(map((rows.fieldnames or []).index, names))    # all of them are there
+                    kept = [{name: row[name] for name in names} for row in rows
+                            if row["images_per_s"] and int(row["step"]) <= since]
+            except (KeyError, ValueError):    # as a spreadsheet may leave it
+                os.replace(path, path.with_suffix(".old.csv"))
+                warn(f"{path}: not as this program writes it; kept as {path.with_suffix('.old.csv')}")
         text = io.StringIO()
         rows = csv.DictWriter(text, names)
         rows.writeheader()
         rows.writerows(kept)
         write_whole(path, lambda file: file.write(text.getvalue().encode()))
+        self.waiting = []
         self.path, self.names = path, names
 
     def reset(self):
         """Starts a new row."""
-        self.sums, self.counts, self.images, self.start = Counter(), Counter(), 0, time.time()
+        self.sums, self.counts, self.images, self.start = Counter(), Counter(), 0, time.monotonic()
 
     def add(self, errors, t, parts):
         """A part of a batch: the error of each picture (B,), its t (B,), the physics terms.
@@ -970,7 +1020,7 @@ class Log:
         means = {name: total / count for name, total, count in zip(names, sums, counts)
                  if count > 0}                                   # no t in a quarter: no loss there
         return {"loss": sum(sums[:4]) / sum(counts[:4]), **means,
-                "images_per_s": WORLD * self.images / (time.time() - self.start)}
+                "images_per_s": WORLD * self.images / max(1e-9, time.monotonic() - self.start)}
 
     def write(self, **row):
         """Writes the row, and starts a new one."""
@@ -978,8 +1028,19 @@ class Log:
         if not RANK:
             row = {name: f"{value:.6g}" if isinstance(value, float) else value
                    for name, value in row.items()}
-            with open(self.path, "a", newline="") as file:
-                csv.DictWriter(file, self.names).writerow(row)
+            self.waiting.append(row)
+            try:
+                with open(self.path, "a", newline="") as file:
+                    csv.DictWriter(file, self.names).writerows(self.waiting)
+                self.waiting = []
+            except OSError as error:    # locked by a spreadsheet, say
+                if len(self.waiting) == 1:
+                    warn(f"{self.path} cannot be written just now ({error}); its rows are kept")
+
+    def close(self):
+        """Says so if there are rows that could not be written."""
+        if not RANK and self.waiting:
+            warn(f"{self.path} lacks its last {len(self.waiting)} rows")
 
 
 class Precision:
@@ -997,8 +1058,8 @@ class Precision:
         if name == "auto":
             name = "off" if device.type != "cuda" else (
                 "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16")
-        if name == "fp16" and device.type == "cpu":
-            raise Refused("--amp fp16 needs a GPU; on a CPU, bf16 and off work")
+        if name == "fp16" and device.type != "cuda":
+            raise Refused("--amp fp16 needs CUDA; elsewhere, bf16 and off work")
         self.device = device
         self.dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
@@ -1062,7 +1123,7 @@ def compiled(model, args, size, precision):
         return model, f"not compiled (auto: on a GPU, from {COMPILE_FROM[0]} steps up)"
     if args.compile == "off":
         return model, "not compiled"
-    begin, config, device = time.time(), model.config, next(model.parameters()).device
+    begin, config, device = time.monotonic(), model.config, next(model.parameters()).device
     x = torch.zeros(size, config["in_channels"], *sides(config["image_size"]), device=device)
     y = x.new_zeros(size, dtype=torch.long) if config["num_classes"] else None
     try:
@@ -1077,16 +1138,19 @@ def compiled(model, args, size, precision):
         return model, f"not compiled, as {' '.join(why.split())[:300]}"
     finally:
         model.zero_grad()
-    return network, f"compiled in {duration(time.time() - begin)}"
+    return network, f"compiled in {duration(time.monotonic() - begin)}"
 
 
 class Stop:
-    """While it is open, SIGINT and SIGTERM are a wish, .signal, that the loop grants."""
+    """While it is open, SIGINT, SIGTERM and SIGHUP are a wish, .signal, that the loop grants."""
+
+    signals = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
+                    if hasattr(signal, name))
 
     def __enter__(self):
-        self.signal = None
-        self.before = {which: signal.signal(which, self.ask)
-                       for which in (signal.SIGINT, signal.SIGTERM)}
+        self.signal, self.drawing = None, False
+        self.before = {which: signal.signal(which, self.ask) for which in self.signals
+                       if signal.getsignal(which) != signal.SIG_IGN}    # as nohup asks for
         return self
 
     def __exit__(self, *exception):
@@ -1094,10 +1158,12 @@ class Stop:
             signal.signal(which, handler)
 
     def ask(self, which, frame):
-        """The handler; a second SIGINT ends the program at once."""
-        if self.signal == signal.SIGINT == which:
-            raise KeyboardInterrupt
+        """The handler. What is only for looking at is broken off by it, a step or a save is not."""
         self.signal = which
+        warn("stopping after this step, and saving; a moment")
+        if self.drawing:
+            self.drawing = False
+            raise KeyboardInterrupt
 
 
 def random_state(device, state=None):
@@ -1113,7 +1179,7 @@ def random_state(device, state=None):
 
 # What a resumed run may change: nothing that moves the weights by more than rounding, but steps
 MAY_CHANGE = {"steps", "epochs", "minutes", "grad_accum", "log_every", "sample_every", "save_every", "device",
-              "compile", "data_dir", "taesd_dir", "out", "resume", "overwrite"}
+              "compile", "split", "data_dir", "taesd_dir", "out", "resume", "overwrite"}
 
 
 def typed(name, value):
@@ -1141,13 +1207,26 @@ def load_state(path):
 
 
 def check_same_pictures(state, data):
-    """ValueError if a checkpoint's run had other pictures, or held out others, than data has."""
-    if state["pictures"] != len(data):
-        raise Refused(f"the run was started with {state['pictures']} pictures, and here are "
-                      f"{len(data)}")
+    """Refused if a checkpoint's run had other pictures, or held out others, than data has.
+
+    Where and when its files lie does not matter, only their names below the folder and contents.
+    """
     if list(state["classes"]) != list(data.classes):
         raise Refused(f"the run was started with the classes {', '.join(state['classes'])}, "
                       f"and here are {', '.join(data.classes)}")
+    was, differ = state.get("marks"), []
+    if was is not None and data.marks is not None:
+        was, now = dict(was.tolist()), dict(data.marks.tolist())
+        name_of = dict(zip(now, data.names))
+        for what, marks in (("new", [m for m in now if m not in was]), ("changed", [
+                m for m in now if was.get(m, now[m]) != now[m]])):
+            some = ", ".join(name_of[m] for m in marks[:3]) + (", ..." if len(marks) > 3 else "")
+            differ += [f"{len(marks)} {what} ({some})"] if marks else []
+        gone = sum(m not in now for m in was)
+        differ += [f"{gone} gone"] if gone else []
+    if differ or state["pictures"] != len(data):
+        raise Refused(f"the run was started with {state['pictures']} pictures, and here are "
+                      f"{len(data)}{': ' if differ else ''}{', '.join(differ)}")
 
 
 def load_run(args):
@@ -1160,13 +1239,15 @@ def load_run(args):
     path = Path(args.out) / "ckpt.pt"
     if not path.exists():
         if not RANK:
-            print(f"{path.parent}: nothing was saved yet; starting from the beginning")
+            say(f"{path.parent}: nothing was saved yet; starting from the beginning")
         return None
     state, default = load_state(path), make_parser().get_default
     was = {name: state["args"].get(name, default(name)) for name in vars(args)}
+    was["override"] = sorted(dict(was["override"]).items())
+    args.split = state["args"].get("split", "order")    # a run keeps its rule
     if args.minutes not in (None, was["minutes"]):
         raise Refused(f"{path} was started with {typed('minutes', was['minutes'])}: resume it so")
-    for name in FROM_VARIANT:
+    for name in (*FROM_VARIANT, *(() if args.steps or args.epochs else ("minutes",))):
         if getattr(args, name) is None and not (name == "steps" and args.epochs):
             setattr(args, name, was[name])
     differ = [name for name in was if name not in MAY_CHANGE and was[name] != getattr(args, name)]
@@ -1203,6 +1284,34 @@ def restore(state, model, ema, optimizer, precision):
     return state["step"]
 
 
+@contextlib.contextmanager
+def owned(out):
+    """Makes a run's folder, and keeps others from training there; Refused while another one does.
+
+    The lock is on the folder, and dies with its process. Windows, and some file systems, have none.
+    """
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    handle = os.open(out, os.O_RDONLY) if fcntl else None
+    try:
+        try:
+            if fcntl:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            made = []
+            raise Refused(f"another process is training in {out}: wait for it, or give another "
+                          "--out") from None
+        except OSError:
+            pass
+        yield
+    finally:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()    # if nothing came of it
+        if fcntl:
+            os.close(handle)
+
+
 def make_room(out, resume):
     """Makes a run's folder; removes what a kill left in it, and the run that is to be replaced."""
     (out / "samples").mkdir(parents=True, exist_ok=True)
@@ -1216,7 +1325,7 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
 
     network: the model, or its compiled form. taesd: decodes what is drawn, if data are latents.
     state: the checkpoint that a resumed run starts from; it then goes through the same numbers as
-    a run that was never stopped. deadline: the time.time() at which a new run should end; args.steps
+    a run that was never stopped. deadline: the time.monotonic() at which a new run should end; args.steps
     becomes how many fit. Step n = 1, 2 ... does, with rate = learning_rate(n - 1):
 
         loss = mean of process.loss + PhysicsLoss(x0_hat, x0, alpha(t), n - 1)
@@ -1228,7 +1337,7 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
     decay is 0 but for matrices; a step whose gradient is not finite is left out.
     """
     process = PROCESSES[args.process]()
-    training, held_out = held_out_split(len(data), TEST_SEED)
+    training, held_out = data.training, data.held_out
     optimizer = make_optimizer(model, args.lr, args.weight_decay, precision.device)
     ema, physics = EMA(model, args.ema), PhysicsLoss(args.physics)
     out, device = Path(args.out), precision.device
@@ -1247,12 +1356,12 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
 
     def examples_from(first):
         """Pictures and labels of each part of a batch, from that step on, without an end."""
-        batches = shuffled(training, args.batch_size, args.seed, first, mirror)
-        order, again = itertools.tee(indices[part] for indices in batches for part in mine)
-        return zip(data.batches(order), map(labels, again))
+        for indices in shuffled(training, args.batch_size, args.seed, first, mirror):
+            for part in mine:
+                yield data[indices[part]], labels(indices[part])
 
     examples = examples_from(first)
-    network = DistributedDataParallel(network) if WORLD > 1 else network
+    network = DistributedDataParallel(network, broadcast_buffers=False) if WORLD > 1 else network
 
     fixed = torch.Generator().manual_seed(TEST_SEED)    # for noise that never changes
     shape = model.config["in_channels"], *sides(model.config["image_size"])
@@ -1261,28 +1370,42 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
     sample_labels = torch.arange(36, device=device) // 6 % classes if classes else None    # in rows
 
     def save(step):
-        """Writes ckpt.pt: all that the run needs to go on, and what sample.py needs."""
+        """Writes ckpt.pt: all that the run needs to go on, and what sample.py needs.
+
+        Returns why that was not possible, or None.
+        """
         weights = [*model.parameters(), *ema.model.parameters()]
         if not torch.stack(torch._foreach_norm(weights)).isfinite().all():
             raise Refused(f"not finite after step {step}: weights; a lower --lr may help. What "
                           "was saved last is kept")
-        save_checkpoint(out / "ckpt.pt", {
+        state = {
             "version": CHECKPOINT_VERSION, "config": model.config, "process": args.process,
             "step": step, "classes": data.classes, "latents": data.latents, "args": vars(args),
-            "pictures": len(data), "ema": ema.model.state_dict(), "updates": ema.updates,
+            "pictures": len(data), "marks": data.marks, "ema": ema.model.state_dict(), "updates": ema.updates,
             "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-            "scaler": precision.scaler.state_dict(), "random": random_state(device)})
+            "scaler": precision.scaler.state_dict(), "random": random_state(device)}
+        for pause in 0, 1, 4:    # a virus scanner, say, may hold the file for a moment
+            time.sleep(pause)
+            try:
+                return save_checkpoint(out / "ckpt.pt", state)
+            except OSError as error:
+                reason = error
+        warn(f"step {step} could not be saved: {reason}")
+        return reason
 
     def draw(steps=50):
         """A grid of pictures from the averaged weights."""
         name = SAMPLER_OF[process.predicts]
         options = sampler_options(name, data.latents)
         with precision.autocast():
-            drawn = SAMPLERS[name](
-                ema.model, process, sample_noise, steps, sample_labels, **options)
+            drawn = torch.cat([
+                SAMPLERS[name](ema.model, process, sample_noise[i:i + test_batch], steps,
+                               sample_labels[i:i + test_batch] if classes else None, **options)
+                for i in range(0, len(sample_noise), test_batch)])
         return grid_picture(decoded(drawn, taesd, data.latents).cpu())
 
-    test_batch = min(128, max(32, size))
+    # What fits into memory in training fits here; of small pictures there may be more
+    test_batch = min(128, max(size, 2**15 // math.prod(shape[1:])))
 
     def test(count=None):
         """The held-out loss of the averaged weights, on all held-out pictures or the first ones."""
@@ -1320,19 +1443,19 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
     if deadline and not state:    # a few steps are timed; at rate 0, so that they leave no trace
         generators, scale = random_state(device), copy.deepcopy(precision.scaler.state_dict())
         advance(0, 0.0)           # the first one is slower
-        count = 1 + min(29, int(0.02 * of_first(deadline - time.time(), device)
-                                / timed(lambda: advance(0, 0.0), device)))
-        took = timed(lambda: [advance(0, 0.0) for _ in range(count)], device) / count
+        count = 1 + min(29, int(0.02 * of_first(deadline - time.monotonic(), device)
+                                / max(1e-9, timed(lambda: advance(0, 0.0), device))))
+        took = max(1e-9, timed(lambda: [advance(0, 0.0) for _ in range(count)], device) / count)
         one, three = (timed(lambda steps=steps: draw(steps), device) for steps in (1, 3))
         testing = (one + 49 * (three - one) / 2
                    + timed(lambda: test(test_batch), device) * len(held_out) / test_batch)
-        left = of_first(deadline - time.time(), device)
+        left = of_first(deadline - time.monotonic(), device)
         args.steps = steps_within(left, took, testing, args.sample_every)
         if args.steps < 1:
             raise Refused(f"--minutes {args.minutes:g}: too short for a single step; until now "
                           f"{duration(args.minutes * 60 - left)} went by, a step takes "
                           f"{duration(took)}, the test and the samples {duration(testing)}")
-        print(f"{args.steps} steps: one takes {1000 * took:.0f} ms, a test with its samples "
+        say(f"{args.steps} steps: one takes {1000 * took:.0f} ms, a test with its samples "
               f"{duration(testing)}, and {duration(left)} are left")
         ema, precision.seen, examples = EMA(model, args.ema), [], examples_from(0)
         optimizer.state.clear()
@@ -1342,7 +1465,7 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
     if not RANK:
         make_room(out, args.resume)
     log = Log(out / "log.csv", physics.weights, device, first)
-    progress, shown = Progress("step", args.steps, first), ""
+    progress, shown, unsaved = Progress("step", args.steps, first), "", None
     for step in range(first, args.steps):
         lr = learning_rate(step, args.steps, args.lr)
         noted, target = advance(step, lr)
@@ -1362,38 +1485,57 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
             precision.check(done, seen)
             means, stopping = log.means(*row), signals != [0]
             if done == 1:
-                print(f"first loss {means['loss']:.3f}; a new model answers 0, which costs about "
+                say(f"first loss {means['loss']:.3f}; a new model answers 0, which costs about "
                       f"{target().square().mean():.3f}, the mean square of what it should answer")
             if done - first == 1:    # the first step is slower
-                begin = time.time()
+                begin = time.monotonic()
             elif done - first == 3:
-                steps_per_hour = 2 * 3600 / (time.time() - begin)
+                steps_per_hour = 2 * 3600 / max(1e-9, time.monotonic() - begin)
                 hours = (args.steps - done) / steps_per_hour
                 quicker = ("--variant nano" if args.variant != "nano" else
                            f"--steps {done + steps_per_hour:.0f}")
                 if hours > 1:
                     progress.note(f"this will take about {hours:.1f} h here; {quicker} is quicker")
         if (saving or stopping) and not RANK:    # first: what comes now may fail
-            save(done)
+            unsaved = save(done)
         if saving or showing or stopping or done % args.log_every == 0:
             row = dict(means, step=done, lr=lr)
             shown = f"loss {row['loss']:.3f}, {row['images_per_s']:.0f} images/s,"
             if showing and not RANK:
-                row["held_out"] = test()
-                progress.note(f"step {done}: held-out loss {row['held_out']:.4f}")
-                grid, name = draw(), out / "samples" / f"step_{done:06d}.png"
-                write_whole(name, lambda file, grid=grid: grid.save(file, "PNG"))
+                try:
+                    stop.drawing = True
+                    row["held_out"] = test()
+                    progress.note(f"step {done}: held-out loss {row['held_out']:.4f}")
+                    grid, name = draw(), out / "samples" / f"step_{done:06d}.png"
+                    stop.drawing = False
+                    name.parent.mkdir(exist_ok=True)
+                    write_whole(name, lambda file, grid=grid: grid.save(file, "PNG"))
+                except KeyboardInterrupt:    # the wish to stop is granted after the next step
+                    pass
+                except (OSError, RuntimeError, MemoryError) as error:
+                    why = str(error).split("\n")[0] or type(error).__name__
+                    warn(f"step {done}: no test, or no samples: {why}")
+                stop.drawing = False
             log.write(**row)    # with every save, as a resumed run starts with an empty one
         progress(done, shown)
         if stopping and not last:
             progress.close()
-            if not RANK:
-                print(f"stopped at step {done} and saved; to go on, give the same command again "
-                      "with --resume", file=sys.stderr)
-            sys.exit(128 + (stop.signal or signal.SIGTERM))
+            if not RANK and not unsaved:
+                say(f"stopped at step {done} and saved; to go on, give the same command again "
+                    "with --resume", err=True)
+            log.close()
+            if WORLD > 1:
+                dist.barrier()    # who leaves first would end the one that saves
+            if not unsaved:
+                sys.exit(128 + (stop.signal or signal.SIGTERM))
+            break
     progress.close()
+    log.close()
+    if unsaved:
+        raise Refused(f"the run has ended at step {done}, and {out / 'ckpt.pt'} could not be written: "
+                      f"{unsaved}")
     if precision.skipped:
-        print(f"{precision.skipped} steps were skipped, as their gradients overflowed in fp16")
+        say(f"{precision.skipped} steps were skipped, as their gradients overflowed in fp16")
 
 
 def peak_memory(device):
@@ -1430,7 +1572,7 @@ def make_parser():
     add("--no_mirror", action="store_true",
         help="show no picture mirrored: for digits, letters, maps")
     add("--max_images", type=number(int, 2), help="read no more than so many pictures")
-    add("--image_size", "--img_size", type=number(int, 1), default=32,
+    add("--image_size", "--img_size", type=number(int, 1, 4096), default=32,
         help="side of a picture, in pixels")
     add("--latents", nargs="?", const="taesd", choices=["off", *TAESD_FILES],
         help="train on the latents of this autoencoder; if not given, arch mamba does from 64 "
@@ -1480,6 +1622,7 @@ def parse_arguments(argv=None):
                      f"{', '.join(VARIANTS[args.arch])}")
     if not args.resume:
         fill_in(args)
+    args.override = sorted(dict(args.override).items())    # the last of a name, in any order
     args.process = args.process or PROCESS_OF[args.arch]
     made_for_latents = args.arch == "mamba" and args.image_size >= LATENTS_FROM
     args.latents = args.latents or ("taesd" if made_for_latents else "off")
@@ -1489,6 +1632,10 @@ def parse_arguments(argv=None):
         parser.error(f"--image_size {args.image_size}: latents need a multiple of 8")
     if args.latents == "off" and args.taesd_dir:
         parser.error("--taesd_dir is for --latents, which are off")
+    if args.dataset == "shapes" and args.data_dir:
+        parser.error(f"--data_dir {args.data_dir}: --dataset shapes reads no pictures; --dataset "
+                     "folder does")
+    args.split = "names"    # how pictures are held out; see load_run
     args.out = args.out or f"runs/{args.arch}-{args.variant}-{args.dataset}"
     return args
 
@@ -1502,8 +1649,14 @@ def fill_in(args):
 
 
 def run(args):
+    """Trains what the arguments ask for, in a folder that is nobody else's for as long."""
+    with contextlib.nullcontext() if RANK else owned(Path(args.out)):
+        set_up_and_train(args)
+
+
+def set_up_and_train(args):
     """Sets up what the arguments ask for, says what it is, and trains it."""
-    start = time.time()
+    start = time.monotonic()
     torch.manual_seed(args.seed)
     # glibc hands freed memory back to the system after every step and asks for it again, page by
     # page. A block of nearly 32 MiB that comes and goes makes it keep what it has.
@@ -1551,7 +1704,7 @@ def run(args):
         data = Latents(first_come_first(lambda: cached_latents(data, taesd, args, device)),
                        data, args.latents, device)
     model = make_model(num_classes=len(data.classes) if args.labels else 0).to(device)
-    training = len(held_out_split(len(data), TEST_SEED)[0])
+    training = len(data.training)
     if args.epochs:
         args.steps = -(-args.epochs * training // args.batch_size)                # rounded up
     if state:
@@ -1559,22 +1712,22 @@ def run(args):
     network, how = compiled(model, args, args.batch_size // (WORLD * args.grad_accum), precision)
     cells = getattr(model, "grid", None)
     length = f"{args.steps} steps" if args.steps else f"{args.minutes:g} minutes of steps"
-    print(f"{args.arch} {args.variant}: {sum(p.numel() for p in model.parameters()):,} parameters; "
+    say(f"{args.arch} {args.variant}: {sum(p.numel() for p in model.parameters()):,} parameters; "
           f"{training:,} pictures of {args.image_size}x{args.image_size}"
           f"{f' as {cells[0] * cells[1]} tokens' if cells else ''}, {len(data) - training} held "
           f"out; {length} of {args.batch_size} on {device}"
           f"{f' and {WORLD - 1} more' if WORLD > 1 else ''}; {how}")
     deadline = start + 60 * args.minutes if args.minutes else None
-    start = time.time()
+    start = time.monotonic()
     with Stop() as stop:
         train(args, model, network, data, taesd, precision, stop, state, deadline)
     if WORLD > 1:
         dist.destroy_process_group()
-    seconds, steps = time.time() - start, args.steps - (state["step"] if state else 0)
-    print(f"trained in {duration(seconds)}, tests and samples included: "
+    seconds, steps = max(1e-9, time.monotonic() - start), args.steps - (state["step"] if state else 0)
+    say(f"trained in {duration(seconds)}, tests and samples included: "
           f"{steps * args.batch_size / seconds:.0f} images/s, {1000 * seconds / steps:.0f} s for "
           f"1,000 steps, at most {peak_memory(device)} of memory\n"
-          f"{out / 'ckpt.pt'}; next: python sample.py --ckpt {out / 'ckpt.pt'}")
+        f"{out / 'ckpt.pt'}; next: python sample.py --ckpt {shlex.quote(str(out / 'ckpt.pt'))}")
 
 
 def guarded(program, args, smaller):
@@ -1587,12 +1740,9 @@ def guarded(program, args, smaller):
         if isinstance(error, MemoryError) or any(words in str(error) for words in (
                 "out of memory", "allocate memory", "not enough memory")):
             fail(f"out of memory: {smaller}")
-        if "DataLoader worker" in str(error):
-            fail("a process that reads pictures died, most likely for lack of shared memory: with "
-                 "Docker give --shm-size 2g; --max_images makes the data fit into memory")
         raise
     except KeyboardInterrupt:
-        print()
+        say()
         fail("interrupted; what was saved last is kept")
 
 
@@ -1603,4 +1753,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)    # all is saved: what is left is to leave
