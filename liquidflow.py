@@ -922,8 +922,7 @@ class LiquidMamba(LiquidPatch):
 # §10  Variants
 #
 # A table of shapes: arch -> variant -> options of its class (train.py has DEFAULTS for each name).
-# From "tiny" up they follow the three documents that this project started from; "nano" is for a
-# laptop. The tour prints what they count to beside what was claimed.
+# From "tiny" up they follow the three documents that this project started from; "nano" is ours.
 
 ARCHS = {"patch": LiquidPatch, "unet": LiquidUNet, "mamba": LiquidMamba}
 VARIANTS = {
@@ -1297,10 +1296,10 @@ def ddim_sample(model, process, noise, steps, y=None, cfg_scale=1.0, callback=No
                 generator=None, clip=None):
     """noise (B, C, H, W) -> x0, by `steps` DDIM steps, for either process.
 
-    eta 0: no new noise; eta 1: as much as DDPM's sampler draws, on the CPU, from `generator` (or a
-    list, one a picture), which must not start as noise's did. clip: the largest |x0_hat| that is
-    believed, 1 for pictures: at small alpha a little error in the predicted noise is a huge one in
-    x0_hat, and stays. ValueError for steps as in walk(), and for eta. Source: Song et al. (2021), DDIM.
+    eta 0: no new noise; eta 1: as much as DDPM's sampler draws, from `generator` (or a list, one a
+    picture), which must not start as noise's did. clip: the largest |x0_hat| that is believed, 1 for
+    pictures: at small alpha a little error in the predicted noise is a huge one in x0_hat, and stays.
+    ValueError for steps and eta. Source: Song et al. (2021), "Denoising Diffusion Implicit Models".
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie between 0 (no new noise) and 1 (DDPM), not {eta}")
@@ -1320,8 +1319,9 @@ def ddim_sample(model, process, noise, steps, y=None, cfg_scale=1.0, callback=No
         x = alpha[i + 1] * x0_hat + math.sqrt(max(0.0, sigma[i + 1] ** 2 - variance)) * noise_hat
         if variance > 0:
             each = generator if isinstance(generator, list) else [generator]
-            fresh = [torch.randn(len(x) // len(each), *x.shape[1:], generator=g) for g in each]
-            x = x + math.sqrt(variance) * torch.cat(fresh).to(x)
+            fresh = [torch.randn(len(x) // len(each), *x.shape[1:], generator=g, dtype=x.dtype,
+                                 device=g.device if g else x.device) for g in each]
+            x = x + math.sqrt(variance) * torch.cat(fresh).to(x.device)
     return x
 
 

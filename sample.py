@@ -133,11 +133,6 @@ def draw_noise(n, shape, seed):
     return torch.stack([torch.randn(shape, generator=generator) for _ in range(n)])
 
 
-def seeds(n, seed):
-    """n seeds for noise beside draw_noise's: picture i gets the same however many are drawn."""
-    return [np.random.SeedSequence([seed, i]).generate_state(1, np.uint64).item() for i in range(n)]
-
-
 def wanted(args, classes, data):
     """What to draw, (n,) numbers of classes, and how many of them make a row of the grid.
 
@@ -169,7 +164,9 @@ def draw(model, process, sampler, noise, y, args, picture_of, watch):
     parts, pictures = noise.split(args.batch_size), []
     labels = [None] * len(parts) if y is None else y.split(args.batch_size)
     progress = Progress("step", args.steps * len(parts))
-    fresh = [torch.Generator().manual_seed(number) for number in seeds(len(noise), args.seed)]
+    # Picture i gets fresh noise of its own, other than draw_noise's, however many are drawn
+    fresh = [torch.Generator().manual_seed(int(np.random.SeedSequence([args.seed, i])
+                                               .generate_state(1)[0])) for i in range(len(noise))]
     for i, (part, told) in enumerate(zip(parts, labels)):
         def report(step, x_t, x0_hat, before=i * args.steps):
             progress(before + step + 1)
@@ -344,7 +341,7 @@ def evaluate(samples, data, device):
     rows.append(("nearest training", *both.median(1).values.tolist(),
                  "copies, where far below that of real pictures"))
     say(f"{n} samples beside {n} held-out pictures; real: real pictures in their place\n"
-          f"{'in shades of 255':<18}{'samples':>9}{'real':>9}   what it sees")
+        f"{'in shades of 255':<18}{'samples':>9}{'real':>9}   what it sees")
     for name, ours, theirs, sees in rows:
         say(f"{name:<18}{ours:9.2f}{theirs:9.2f}   {sees}")
 
@@ -722,7 +719,7 @@ def run(args):
     shape = model.config["in_channels"], *sides(model.config["image_size"])
     noise = draw_noise(count, shape, args.seed).to(device)
     say(f"{path}: {model.config['arch']} {model.config['variant']}, step "
-          f"{state['step']}; {count} pictures in {args.steps} {name} steps on {device}")
+        f"{state['step']}; {count} pictures in {args.steps} {name} steps on {device}")
     start, frames = time.monotonic(), [[] for _ in range(args.steps)]
     sampler = functools.partial(SAMPLERS[name], **options)
     with Gates(model, args.steps) if args.gates else contextlib.nullcontext() as gates:

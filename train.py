@@ -140,7 +140,7 @@ def moved(tensor, device):
 
 
 def mark(content):
-    """str or bytes -> a whole number of 64 bits that no two pictures of a set will share (SHA-1)."""
+    """str or bytes -> 64 bits of its SHA-1, which no two pictures of a set will share, as an int."""
     if isinstance(content, str):
         content = content.encode(errors="surrogateescape")    # a file's name need be no UTF-8
     return int.from_bytes(hashlib.sha1(content).digest()[:8], "big", signed=True)
@@ -393,7 +393,7 @@ def celeba(root, fit):
 
 
 class LSUN:
-    """The source of LSUN's LMDB databases, a folder each. torchvision's own leaves a file behind."""
+    """The source of LSUN's databases, a folder each. torchvision's own leaves a file behind."""
 
     def __init__(self, folders):
         import lmdb
@@ -427,8 +427,8 @@ def lsun(root, fit):
 
 
 def decode(source, names, chosen, size, args, device, left_out):
-    """Reads the chosen pictures of a source: images (N, 3, size, size) uint8 on the device, which of
-    them could be read, and their marks (N, 2).
+    """Reads the chosen pictures of a source: images (N, 3, size, size) uint8 on the device, which
+    of them could be read, and their marks (N, 2).
 
     More than IN_MEMORY go into a file beside the run, and the next run on them finds it there.
     """
@@ -526,7 +526,8 @@ def stored(make, side=math.inf, package=None, files=None, mirror=True):
         reasons = ", ".join(f"{count} {why}" for why, count in left_out.items())
         shown = f" in {len(classes)} classes ({', '.join(classes)})" if len(classes) > 1 else ""
         say(f"{name}: {len(kept)} pictures{shown}{f'; left out: {reasons}' if reasons else ''}")
-        return Pictures(images, labels, classes, device, [names[i] for i in kept], marks, args.split)
+        names = [names[i] for i in kept]
+        return Pictures(images, labels, classes, device, names, marks, args.split)
     load.mirror = mirror
     return load
 
@@ -600,7 +601,7 @@ def encode_all(data, taesd, device, batch=16):
     latents = torch.empty(2 * len(data), taesd.latent_channels, height // 8, width // 8,
                           dtype=torch.float16)
     say(f"encoding {len(data)} pictures, and mirrored, into {latents.nbytes / 2**20:.0f} MiB of "
-          "memory; --max_images bounds them")
+        "memory; --max_images bounds them")
     progress = Progress("encoding", len(latents))
     for part in torch.arange(len(latents)).split(batch):
         latents[part] = taesd.encode(data[part].to(device)).half().cpu()
@@ -823,8 +824,8 @@ def join_group(device):
     """Meets the other processes, if there are any; only the first one goes on speaking."""
     told = [name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")]
     if any(told[:2]) and not all(told) or not 0 <= LOCAL_RANK <= RANK < WORLD:
-        raise Refused("RANK, LOCAL_RANK, WORLD_SIZE and MASTER_ADDR do not fit together: start several "
-                      "processes with torchrun, and one without them in the environment")
+        raise Refused("RANK, LOCAL_RANK, WORLD_SIZE and MASTER_ADDR do not fit together: start "
+                      "several processes with torchrun, and one without them in the environment")
     if WORLD > 1:
         say(f"waiting for {WORLD} processes to meet")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
@@ -848,7 +849,7 @@ def summed(groups, device):
 
 
 def of_first(value, device):
-    """The first process's value, in all of them; waits until the device has done what it was told."""
+    """The first process's value, in all of them, after the device has done what it was told."""
     return summed([[0 if RANK else value]], device)[0][0]
 
 
@@ -909,8 +910,8 @@ def learning_rate(step, steps, peak):
 
 
 def steps_within(seconds, took, testing, every):
-    """How many steps fit into so many seconds, if each takes `took`, and a test after every so many,
-    and after the last one, takes `testing`; 0 if none does.
+    """How many steps fit into so many seconds, if each takes `took`, and a test after every so
+    many, and after the last one, takes `testing`; 0 if none does.
     """
     rounds, rest = divmod(max(0, seconds), every * took + testing)
     return int(rounds * every + max(0, rest - testing) / took)
@@ -983,8 +984,9 @@ class Log:
                     kept = [{name: row[name] for name in names} for row in rows
                             if row["images_per_s"] and int(row["step"]) <= since]
             except (KeyError, ValueError):    # as a spreadsheet may leave it
-                os.replace(path, path.with_suffix(".old.csv"))
-                warn(f"{path}: not as this program writes it; kept as {path.with_suffix('.old.csv')}")
+                aside = path.with_suffix(".old.csv")
+                os.replace(path, aside)
+                warn(f"{path}: not as this program writes it; kept as {aside}")
         text = io.StringIO()
         rows = csv.DictWriter(text, names)
         rows.writeheader()
@@ -1178,8 +1180,8 @@ def random_state(device, state=None):
 
 
 # What a resumed run may change: nothing that moves the weights by more than rounding, but steps
-MAY_CHANGE = {"steps", "epochs", "minutes", "grad_accum", "log_every", "sample_every", "save_every", "device",
-              "compile", "split", "data_dir", "taesd_dir", "out", "resume", "overwrite"}
+MAY_CHANGE = {"steps", "epochs", "minutes", "grad_accum", "log_every", "sample_every", "save_every",
+              "device", "compile", "split", "data_dir", "taesd_dir", "out", "resume", "overwrite"}
 
 
 def typed(name, value):
@@ -1325,8 +1327,8 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
 
     network: the model, or its compiled form. taesd: decodes what is drawn, if data are latents.
     state: the checkpoint that a resumed run starts from; it then goes through the same numbers as
-    a run that was never stopped. deadline: the time.monotonic() at which a new run should end; args.steps
-    becomes how many fit. Step n = 1, 2 ... does, with rate = learning_rate(n - 1):
+    a run that was never stopped. deadline: the time.monotonic() at which a new run should end;
+    args.steps becomes how many fit. Step n = 1, 2 ... does, with rate = learning_rate(n - 1):
 
         loss = mean of process.loss + PhysicsLoss(x0_hat, x0, alpha(t), n - 1)
         g    = gradient of the loss / max(1, its norm)
@@ -1381,8 +1383,8 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
         state = {
             "version": CHECKPOINT_VERSION, "config": model.config, "process": args.process,
             "step": step, "classes": data.classes, "latents": data.latents, "args": vars(args),
-            "pictures": len(data), "marks": data.marks, "ema": ema.model.state_dict(), "updates": ema.updates,
-            "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+            "pictures": len(data), "marks": data.marks, "ema": ema.model.state_dict(),
+            "updates": ema.updates, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
             "scaler": precision.scaler.state_dict(), "random": random_state(device)}
         for pause in 0, 1, 4:    # a virus scanner, say, may hold the file for a moment
             time.sleep(pause)
@@ -1412,6 +1414,24 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
         return held_out_loss(
             ema.model, process, lambda part: (data[held_out[part]], labels(held_out[part])),
             test_noise[:count], test_batch)
+
+    def look(step):
+        """Tests and draws; returns the held-out loss, or None. What fails here ends no run."""
+        loss, name = None, out / "samples" / f"step_{step:06d}.png"
+        try:
+            stop.drawing = True
+            loss = test()
+            progress.note(f"step {step}: held-out loss {loss:.4f}")
+            grid, stop.drawing = draw(), False
+            name.parent.mkdir(exist_ok=True)
+            write_whole(name, lambda file: grid.save(file, "PNG"))
+        except KeyboardInterrupt:    # the wish to stop is granted after the next step
+            pass
+        except (OSError, RuntimeError, MemoryError) as error:
+            why = str(error).split("\n")[0] or type(error).__name__
+            warn(f"step {step}: no test, or no samples: {why}")
+        stop.drawing = False
+        return loss
 
     def advance(step, lr):
         """Takes a step; returns what log.add() wants of each part, and the last one's target."""
@@ -1456,7 +1476,7 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
                           f"{duration(args.minutes * 60 - left)} went by, a step takes "
                           f"{duration(took)}, the test and the samples {duration(testing)}")
         say(f"{args.steps} steps: one takes {1000 * took:.0f} ms, a test with its samples "
-              f"{duration(testing)}, and {duration(left)} are left")
+            f"{duration(testing)}, and {duration(left)} are left")
         ema, precision.seen, examples = EMA(model, args.ema), [], examples_from(0)
         optimizer.state.clear()
         precision.scaler.load_state_dict(scale)
@@ -1486,7 +1506,7 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
             means, stopping = log.means(*row), signals != [0]
             if done == 1:
                 say(f"first loss {means['loss']:.3f}; a new model answers 0, which costs about "
-                      f"{target().square().mean():.3f}, the mean square of what it should answer")
+                    f"{target().square().mean():.3f}, the mean square of what it should answer")
             if done - first == 1:    # the first step is slower
                 begin = time.monotonic()
             elif done - first == 3:
@@ -1502,20 +1522,7 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
             row = dict(means, step=done, lr=lr)
             shown = f"loss {row['loss']:.3f}, {row['images_per_s']:.0f} images/s,"
             if showing and not RANK:
-                try:
-                    stop.drawing = True
-                    row["held_out"] = test()
-                    progress.note(f"step {done}: held-out loss {row['held_out']:.4f}")
-                    grid, name = draw(), out / "samples" / f"step_{done:06d}.png"
-                    stop.drawing = False
-                    name.parent.mkdir(exist_ok=True)
-                    write_whole(name, lambda file, grid=grid: grid.save(file, "PNG"))
-                except KeyboardInterrupt:    # the wish to stop is granted after the next step
-                    pass
-                except (OSError, RuntimeError, MemoryError) as error:
-                    why = str(error).split("\n")[0] or type(error).__name__
-                    warn(f"step {done}: no test, or no samples: {why}")
-                stop.drawing = False
+                row["held_out"] = look(done)
             log.write(**row)    # with every save, as a resumed run starts with an empty one
         progress(done, shown)
         if stopping and not last:
@@ -1532,8 +1539,8 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
     progress.close()
     log.close()
     if unsaved:
-        raise Refused(f"the run has ended at step {done}, and {out / 'ckpt.pt'} could not be written: "
-                      f"{unsaved}")
+        raise Refused(f"the run has ended at step {done}, and {out / 'ckpt.pt'} could not be "
+                      f"written: {unsaved}")
     if precision.skipped:
         say(f"{precision.skipped} steps were skipped, as their gradients overflowed in fp16")
 
@@ -1713,20 +1720,21 @@ def set_up_and_train(args):
     cells = getattr(model, "grid", None)
     length = f"{args.steps} steps" if args.steps else f"{args.minutes:g} minutes of steps"
     say(f"{args.arch} {args.variant}: {sum(p.numel() for p in model.parameters()):,} parameters; "
-          f"{training:,} pictures of {args.image_size}x{args.image_size}"
-          f"{f' as {cells[0] * cells[1]} tokens' if cells else ''}, {len(data) - training} held "
-          f"out; {length} of {args.batch_size} on {device}"
-          f"{f' and {WORLD - 1} more' if WORLD > 1 else ''}; {how}")
+        f"{training:,} pictures of {args.image_size}x{args.image_size}"
+        f"{f' as {cells[0] * cells[1]} tokens' if cells else ''}, {len(data) - training} held "
+        f"out; {length} of {args.batch_size} on {device}"
+        f"{f' and {WORLD - 1} more' if WORLD > 1 else ''}; {how}")
     deadline = start + 60 * args.minutes if args.minutes else None
     start = time.monotonic()
     with Stop() as stop:
         train(args, model, network, data, taesd, precision, stop, state, deadline)
     if WORLD > 1:
         dist.destroy_process_group()
-    seconds, steps = max(1e-9, time.monotonic() - start), args.steps - (state["step"] if state else 0)
+    seconds = max(1e-9, time.monotonic() - start)
+    steps = args.steps - (state["step"] if state else 0)
     say(f"trained in {duration(seconds)}, tests and samples included: "
-          f"{steps * args.batch_size / seconds:.0f} images/s, {1000 * seconds / steps:.0f} s for "
-          f"1,000 steps, at most {peak_memory(device)} of memory\n"
+        f"{steps * args.batch_size / seconds:.0f} images/s, {1000 * seconds / steps:.0f} s for "
+        f"1,000 steps, at most {peak_memory(device)} of memory\n"
         f"{out / 'ckpt.pt'}; next: python sample.py --ckpt {shlex.quote(str(out / 'ckpt.pt'))}")
 
 
