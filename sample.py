@@ -44,6 +44,7 @@ from liquidflow import (
 )
 from train import (
     DATASETS,
+    LARGEST,
     SAMPLER_OF,
     TEST_SEED,
     Parser,
@@ -64,7 +65,7 @@ from train import (
     sampler_options,
     say,
     scaled,
-    shuffled_split,
+    split,
     user_data,
 )
 
@@ -98,8 +99,8 @@ def load_model(path, device):
     """
     state = load_state(path)
     try:
-        if max(sides(state["config"]["image_size"])) > 4096:
-            raise ValueError("pictures of more than 4096 pixels a side")
+        if max(sides(state["config"]["image_size"])) > LARGEST:
+            raise ValueError(f"pictures of more than {LARGEST} pixels a side")
         with torch.device("meta"):    # which takes no memory: is it as large as it says?
             shapes = {k: v.shape for k, v in create_model(**state["config"]).state_dict().items()}
         if shapes != {name: value.shape for name, value in state["ema"].items()}:
@@ -172,9 +173,8 @@ def draw(model, process, sampler, noise, y, args, picture_of, watch):
             progress(before + step + 1)
             watch(step, x_t, x0_hat)
 
-        if "eta" in sampler.keywords:
-            sampler.keywords["generator"] = fresh[i * args.batch_size:][:len(part)]
-        drawn = sampler(model, process, part, args.steps, told, callback=report)
+        more = {"generator": fresh[i * args.batch_size:][:len(part)]} if args.eta else {}
+        drawn = sampler(model, process, part, args.steps, told, callback=report, **more)
         pictures.append(picture_of(drawn))
     progress.close()
     return torch.cat(pictures)
@@ -213,9 +213,9 @@ def reconstruct(args, device):
 # pictures is measured beside it, with n training pictures in place of the samples.
 # ------------------------------------------------------------------------------------------------
 
-def fixed_normal(*shape, generator=None):
-    """Normal numbers that are the same in every run, or the next ones of a generator."""
-    return torch.randn(shape, generator=generator or torch.Generator().manual_seed(TEST_SEED))
+def fixed_normal(*shape):
+    """Normal numbers that are the same in every run."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(TEST_SEED))
 
 
 def wasserstein(a, b):
@@ -254,7 +254,7 @@ def random_features(pictures):
     Ustyuzhaninov et al. (2016), "Texture Synthesis Using Shallow Convolutional Networks ...".
     """
     each = torch.Generator().manual_seed(TEST_SEED)    # other numbers for every layer
-    weights = [fixed_normal(wide, narrow, 3, 3, generator=each) * math.sqrt(2 / (9 * narrow))
+    weights = [torch.randn(wide, narrow, 3, 3, generator=each) * math.sqrt(2 / (9 * narrow))
                for narrow, wide in ((3, 32), (32, 64), (64, 128))]
     weights[0] -= weights[0].mean((2, 3), keepdim=True)
     features = []
@@ -314,7 +314,7 @@ def data_of(path, state, args, device):
     """
     old = argparse.Namespace(**{"max_images": None, "seed": 0, "split": "order", **state["args"]})
     old.image_size = state["config"]["image_size"] * (8 if state["latents"] else 1)
-    held_out = len(shuffled_split(state["pictures"])[1])
+    held_out = len(split(torch.arange(state["pictures"]))[1])
     if args.evaluate > held_out:
         raise Refused(f"--evaluate {args.evaluate}: the run has {held_out} held-out pictures to "
                       "compare with, and as many samples are drawn")
@@ -686,7 +686,7 @@ def run(args):
     if args.export:
         return export(Path(args.export), model, process, taesd, state)
 
-    # Half precision moves most pixels by less than a grey level (of 255), and is quicker
+    # On a GPU half precision is quicker; hardly a pixel moves by more than a grey level (README)
     model.forward = Precision(args.amp, device).autocast()(model.forward)
 
     def picture_of(x):
@@ -734,7 +734,8 @@ def run(args):
     grid = grid_picture(pictures[:shown], columns)
     write_whole(args.out, lambda file: grid.save(file, "PNG"))
     seconds = time.monotonic() - start
-    say(f"{args.out}: {count} pictures in {duration(seconds)} ({count / max(seconds, 1e-9):.1f} a second)")
+    rate = count / max(seconds, 1e-9)
+    say(f"{args.out}: {count} pictures in {duration(seconds)} ({rate:.1f} a second)")
     if args.gif:
         images = [grid_picture(torch.cat(frame), columns) for frame in frames] + [grid]
         times = [max(20, 3000 // args.steps)] * args.steps + [2000]    # ms; rest on the last

@@ -73,6 +73,7 @@ LABEL_DROPOUT = 0.1         # of the labels are hidden, so that the model also l
 HELD_OUT = 512              # pictures that are never trained on (half, of a set below 1,024)
 TEST_SEED = 0               # chooses them, their noise, and what --max_images keeps, in every run
 EPOCH_OF_SHAPES = 50_000    # pictures
+LARGEST = 4096              # pixels of a side
 LATENTS_FROM = 64           # pixels; smaller pictures have latents of less than 8x8
 IN_MEMORY = 2 * 2**30       # bytes of pictures; a larger set is kept in a file beside the run
 
@@ -146,33 +147,29 @@ def mark(content):
     return int.from_bytes(hashlib.sha1(content).digest()[:8], "big", signed=True)
 
 
-def shuffled_split(count, seed=TEST_SEED):
-    """(training indices, held-out indices) by a seeded shuffle; at most half is held out."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    held_out = min(HELD_OUT, count // 2)
-    return order[held_out:], order[:held_out]
-
-
-def named_split(marks):
-    """The same by the pictures' names, whose marks come first in marks (N, 2): what is held out has
-    the smallest, so no other picture and no order of files changes on which side a picture is.
-    """
-    order = marks[:, 0].argsort(stable=True)
+def split(order):
+    """(training, held-out) of indices (N,): the first HELD_OUT, at most half, are held out."""
     held_out = min(HELD_OUT, len(order) // 2)
     return order[held_out:], order[:held_out]
+
+
+def shuffled_order(count):
+    """The numbers below count in the same random order in every run."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(TEST_SEED))
 
 
 class Pictures(DataSet):
     """Stored pictures: images (N, 3, H, W) uint8, on the device or mapped from a file.
 
-    split: "names", or "order" for runs from before there were marks; marks: see DataSet.
+    rule: "names" holds out the pictures whose names have the smallest marks, so those that are held
+    out do not depend on the order of the files; "order" is for runs from before there were marks.
     """
 
-    def __init__(self, images, labels, classes, device, names, marks, split="names"):
+    def __init__(self, images, labels, classes, device, names, marks, rule="names"):
         self.images, self.labels, self.classes, self.device = images, labels, classes, device
         self.names, self.marks = names, marks
-        self.training, self.held_out = (
-            shuffled_split(len(images)) if split == "order" else named_split(marks))
+        self.training, self.held_out = split(
+            shuffled_order(len(images)) if rule == "order" else marks[:, 0].argsort(stable=True))
 
     def __len__(self):
         return len(self.images)
@@ -205,7 +202,7 @@ class Shapes(DataSet):
         self.numbers = torch.rand(count, 12, generator=generator).to(device)
         self.labels = torch.randint(len(self.classes), (count,), generator=generator).to(device)
         self.size = size
-        self.training, self.held_out = shuffled_split(count)
+        self.training, self.held_out = split(shuffled_order(count))
 
     def __len__(self):
         return len(self.numbers)
@@ -513,7 +510,7 @@ def stored(make, side=math.inf, package=None, files=None, mirror=True):
         if args.max_images and args.max_images < len(source):
             chosen = sorted(chosen, key=lambda i: mark(f"kept? {names[i]}"))
             if args.split == "order":
-                chosen = torch.cat(shuffled_split(len(source))[::-1]).tolist()
+                chosen = shuffled_order(len(source)).tolist()
             chosen = sorted(chosen[:args.max_images])
         if size > 2 * side:
             warn(f"the pictures of {name} have {side} pixels: at {size} the model learns to draw "
@@ -616,9 +613,9 @@ def cached_latents(data, taesd, args, device):
     The file's name has a key of all that makes the latents what they are: the pictures, their
     size, and the encoder's weights. ValueError if it holds something else, or is damaged.
     """
-    made_from = f"{args.dataset} {args.seed} {len(data)} {args.image_size}".encode()
-    if data.marks is not None:
-        made_from = f"{args.image_size} {data.marks.tolist()}".encode()
+    pictures = (f"{args.dataset} {args.seed} {len(data)}" if data.marks is None
+                else data.marks.tolist())
+    made_from = f"{args.image_size} {pictures}".encode()
     for value in taesd.encoder.state_dict().values():
         made_from += value.cpu().numpy().tobytes()
     key = hashlib.sha1(made_from).hexdigest()
@@ -855,7 +852,8 @@ def of_first(value, device):
 
 def timed(function, device):
     """The seconds that function() takes by the first process's clock; all processes are told."""
-    begin = of_first(0, device) or time.monotonic()
+    of_first(0, device)
+    begin = time.monotonic()
     function()
     of_first(0, device)
     return of_first(time.monotonic() - begin, device)
@@ -980,7 +978,8 @@ class Log:
             try:    # a row that a power cut has torn is dropped
                 with open(path, newline="", encoding="utf-8-sig") as file:
                     rows = csv.DictReader(file)
-                    list(map((rows.fieldnames or []).index, names))    # all of them are there
+                    if not set(names) <= set(rows.fieldnames or ()):
+                        raise KeyError
                     kept = [{name: row[name] for name in names} for row in rows
                             if row["images_per_s"] and int(row["step"]) <= since]
             except (KeyError, ValueError):    # as a spreadsheet may leave it
@@ -1134,10 +1133,10 @@ def compiled(model, args, size, precision):
             answer = network(x, x.new_zeros(size), y)
         answer.sum().backward()
     except Exception as error:    # noqa: BLE001 - there are many ways in which a compiler fails
-        why = f"torch.compile does not work here: {str(error).split(chr(10) * 2)[0]}"
+        why = str(error).split("\n\n")[0]    # without advice to debug it
         if args.compile == "on":
-            raise Refused(f"--compile on: {why}") from None
-        return model, f"not compiled, as {' '.join(why.split())[:300]}"
+            raise Refused(f"--compile on: torch.compile does not work here: {why}") from None
+        return model, f"not compiled, as torch.compile fails ({' '.join(why.split())[:300]})"
     finally:
         model.zero_grad()
     return network, f"compiled in {duration(time.monotonic() - begin)}"
@@ -1220,8 +1219,9 @@ def check_same_pictures(state, data):
     if was is not None and data.marks is not None:
         was, now = dict(was.tolist()), dict(data.marks.tolist())
         name_of = dict(zip(now, data.names))
-        for what, marks in (("new", [m for m in now if m not in was]), ("changed", [
-                m for m in now if was.get(m, now[m]) != now[m]])):
+        new = [m for m in now if m not in was]
+        changed = [m for m in now if m in was and was[m] != now[m]]
+        for what, marks in ("new", new), ("changed", changed):
             some = ", ".join(name_of[m] for m in marks[:3]) + (", ..." if len(marks) > 3 else "")
             differ += [f"{len(marks)} {what} ({some})"] if marks else []
         gone = sum(m not in now for m in was)
@@ -1235,8 +1235,8 @@ def load_run(args):
     """The checkpoint in --out, if it is of a run with these arguments; ValueError that names those
     that differ. None if nothing was saved there yet.
 
-    Steps, batch size and rate that were not given become those of the run. An option that is newer
-    than the run had its default then.
+    What is in FROM_VARIANT, and the minutes, become those of the run if they were not given. An
+    option that is newer than the run had its default then.
     """
     path = Path(args.out) / "ckpt.pt"
     if not path.exists():
@@ -1249,7 +1249,9 @@ def load_run(args):
     args.split = state["args"].get("split", "order")    # a run keeps its rule
     if args.minutes not in (None, was["minutes"]):
         raise Refused(f"{path} was started with {typed('minutes', was['minutes'])}: resume it so")
-    for name in (*FROM_VARIANT, *(() if args.steps or args.epochs else ("minutes",))):
+    if not (args.steps or args.epochs):
+        args.minutes = was["minutes"]
+    for name in FROM_VARIANT:
         if getattr(args, name) is None and not (name == "steps" and args.epochs):
             setattr(args, name, was[name])
     differ = [name for name in was if name not in MAY_CHANGE and was[name] != getattr(args, name)]
@@ -1303,7 +1305,7 @@ def owned(out):
             made = []
             raise Refused(f"another process is training in {out}: wait for it, or give another "
                           "--out") from None
-        except OSError:
+        except OSError:    # a file system without locks
             pass
         yield
     finally:
@@ -1314,8 +1316,31 @@ def owned(out):
             os.close(handle)
 
 
+def steps_until(deadline, args, device, advance, draw, test):
+    """How many steps fit until the deadline, by a trial; Refused if none does.
+
+    advance(step, lr), draw(steps) and test(share) are train()'s; the steps are taken at rate 0, so
+    that no weight moves.
+    """
+    advance(0, 0.0)    # the first one is slower
+    second = max(1e-9, timed(lambda: advance(0, 0.0), device))
+    count = 1 + min(29, int(0.02 * of_first(deadline - time.monotonic(), device) / second))
+    took = max(1e-9, timed(lambda: [advance(0, 0.0) for _ in range(count)], device) / count)
+    one, three = (timed(lambda steps=steps: draw(steps), device) for steps in (1, 3))
+    testing = one + 49 * (three - one) / 2 + 16 * timed(lambda: test(1 / 16), device)
+    left = of_first(deadline - time.monotonic(), device)
+    steps = steps_within(left, took, testing, args.sample_every)
+    if steps < 1:
+        raise Refused(f"--minutes {args.minutes:g}: too short for a single step; until now "
+                      f"{duration(args.minutes * 60 - left)} went by, a step takes "
+                      f"{duration(took)}, the test and the samples {duration(testing)}")
+    say(f"{steps} steps: one takes {1000 * took:.0f} ms, a test with its samples "
+        f"{duration(testing)}, and {duration(left)} are left")
+    return steps
+
+
 def make_room(out, resume):
-    """Makes a run's folder; removes what a kill left in it, and the run that is to be replaced."""
+    """Makes samples/; removes what a kill left in a run's folder, and what is to be replaced."""
     (out / "samples").mkdir(parents=True, exist_ok=True)
     for name in [f"{name}.*.tmp" for name in RUN_FILES] + ([] if resume else [*RUN_FILES]):
         for path in out.glob(name):
@@ -1409,11 +1434,12 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
     # What fits into memory in training fits here; of small pictures there may be more
     test_batch = min(128, max(size, 2**15 // math.prod(shape[1:])))
 
-    def test(count=None):
+    def test(share=1):
         """The held-out loss of the averaged weights, on all held-out pictures or the first ones."""
+        some = held_out[:math.ceil(share * len(held_out))]
         return held_out_loss(
-            ema.model, process, lambda part: (data[held_out[part]], labels(held_out[part])),
-            test_noise[:count], test_batch)
+            ema.model, process, lambda part: (data[some[part]], labels(some[part])),
+            test_noise[:len(some)], test_batch)
 
     def look(step):
         """Tests and draws; returns the held-out loss, or None. What fails here ends no run."""
@@ -1460,23 +1486,9 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
         ema.update(model, finite)
         return noted, functools.partial(process.target, x0, all_noise[part], t)
 
-    if deadline and not state:    # a few steps are timed; at rate 0, so that they leave no trace
+    if deadline and not state:    # a trial, which leaves no trace
         generators, scale = random_state(device), copy.deepcopy(precision.scaler.state_dict())
-        advance(0, 0.0)           # the first one is slower
-        count = 1 + min(29, int(0.02 * of_first(deadline - time.monotonic(), device)
-                                / max(1e-9, timed(lambda: advance(0, 0.0), device))))
-        took = max(1e-9, timed(lambda: [advance(0, 0.0) for _ in range(count)], device) / count)
-        one, three = (timed(lambda steps=steps: draw(steps), device) for steps in (1, 3))
-        testing = (one + 49 * (three - one) / 2
-                   + timed(lambda: test(test_batch), device) * len(held_out) / test_batch)
-        left = of_first(deadline - time.monotonic(), device)
-        args.steps = steps_within(left, took, testing, args.sample_every)
-        if args.steps < 1:
-            raise Refused(f"--minutes {args.minutes:g}: too short for a single step; until now "
-                          f"{duration(args.minutes * 60 - left)} went by, a step takes "
-                          f"{duration(took)}, the test and the samples {duration(testing)}")
-        say(f"{args.steps} steps: one takes {1000 * took:.0f} ms, a test with its samples "
-            f"{duration(testing)}, and {duration(left)} are left")
+        args.steps = steps_until(deadline, args, device, advance, draw, test)
         ema, precision.seen, examples = EMA(model, args.ema), [], examples_from(0)
         optimizer.state.clear()
         precision.scaler.load_state_dict(scale)
@@ -1579,7 +1591,7 @@ def make_parser():
     add("--no_mirror", action="store_true",
         help="show no picture mirrored: for digits, letters, maps")
     add("--max_images", type=number(int, 2), help="read no more than so many pictures")
-    add("--image_size", "--img_size", type=number(int, 1, 4096), default=32,
+    add("--image_size", "--img_size", type=number(int, 1, LARGEST), default=32,
         help="side of a picture, in pixels")
     add("--latents", nargs="?", const="taesd", choices=["off", *TAESD_FILES],
         help="train on the latents of this autoencoder; if not given, arch mamba does from 64 "
