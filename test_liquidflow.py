@@ -68,6 +68,9 @@ def quick_and_on_the_cpu():
     """Few pictures are held out; and tests expect what a CPU gives, but for those that name a GPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "HELD_OUT", 64)
+        signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background job ignores
+        if hasattr(signal, "SIGHUP"):                               # the first, nohup the second
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
         for module, real in (train, train.pick_device), (sample, sample.pick_device):
             patch.setattr(module, "pick_device", lambda name, real=real: real("cpu" if name == "auto" else name))
         yield
@@ -1066,7 +1069,7 @@ def test_a_mean_over_nothing_is_0_and_of_no_pictures_none():
 @example(0, 2, 2, 1, 1)
 def test_physics_terms_are_one_number_a_picture(seed, b, channels, height, width):
     p, q = normal(seed, b, channels, height, width), normal(seed + 1, b, channels, height, width)
-    flat = normal(seed, b, 1, 1, 1).expand_as(p)
+    flat = normal(seed, b, 1, 1, 1).expand_as(p).clone()    # MKL of torch 2.6 wants strides
     for name, term in lf.PHYSICS.items():
         values = term(p, q)
         assert values.shape == (b,), f"{name}: one number for each picture"
@@ -2567,15 +2570,15 @@ def test_a_save_that_fails_is_tried_again_and_then_told(here, monkeypatch, capsy
 @pytest.mark.skipif(os.name == "nt", reason="no such signals, consoles and locks")
 @pytest.mark.parametrize("how", ["SIGHUP", "impatient", "console", "letters"])
 def test_a_console_that_goes_away_costs_nothing(how, here):
-    out, out2 = os.pipe()
+    out, into = os.pipe()
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     environment |= {"PYTHONIOENCODING": "cp1252"} if how == "letters" else {}
     name = "猫" if how == "letters" else "run"
     steps, every = ("100000", "5") if how != "letters" else ("3", "9")
     process = subprocess.Popen(
         [sys.executable, ROOT / "train.py", *SMALL, "--steps", steps, "--save_every", every, "--out", name,
-         "--sample_every", "20"], stdout=out2, stderr=subprocess.STDOUT, env=environment)
-    os.close(out2)
+         "--sample_every", "20"], stdout=into, stderr=subprocess.STDOUT, env=environment)
+    os.close(into)
     if how != "letters":
         while not Path(name, "ckpt.pt").exists():
             time.sleep(0.01)
