@@ -2,7 +2,16 @@
 
 The network is shown a picture mixed with noise, is told how much noise there is, and answers with
 a direction that leads back to a picture. Everything else serves that network, or the walk from
-noise to picture that it makes possible:
+noise to picture that it makes possible. The whole in use, batches of pictures (B, 3, 32, 32):
+
+    model, flow = create_model("patch", "nano", image_size=32), RectifiedFlow()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for pictures in batches:
+        loss, _, _ = flow.loss(model, pictures)           # mix with noise, ask for the direction
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    new = euler_sample(model, flow, torch.randn(16, 3, 32, 32), steps=50)     # walk from noise
 
     §1  five small helpers                     §8   LiquidUNet
     §2  time embedding                         §9   LiquidPatch and LiquidMamba
@@ -14,33 +23,21 @@ noise to picture that it makes possible:
                                                §15  TAESD: pictures as small latents
                                                §16  the tour
 
-`python liquidflow.py` is a tour that prints shapes, and errors that it measures. Not here: data and
-training (train.py), drawing pictures (sample.py), proofs (test_liquidflow.py), kernels, attention.
+The ideas are in §4, §5, §11 and §13. §1, §10, §15 and the second half of §14 are plumbing, which
+may be skipped. `python liquidflow.py` is a tour: it computes the examples that stand in comments.
+Not here: data and training (train.py), drawing (sample.py), tests (test_liquidflow.py), attention.
 
 Conventions
-    t in [0, 1]   0 is data, 1 is noise, in every process and every sampler.
-    pictures      (B, C, H, W), float, in [-1, 1].
-    models        model(x, t, y=None) -> a tensor of x's shape; x (B, C, H, W), t (B,), y labels
-                  (B,) or None.
-    precision     parameters are float32, and autocast may run matrix products, and what mixes
-                  their results, in half precision; what is accumulated or exponentiated (decays,
-                  carried states, sums in norms, the time embedding, losses) is computed in
-                  float32. A float64 model stays float64.
-
-Two alphabets, one for each world (inside a formula, letters are those of its paper)
-    picture (B, C, H, W)     batch, channels, height, width (and P, the side of a patch)
-    tokens  (b, l, d)        batch, length, width of a token
-            h, p             heads, and the width of one head: h * p channels in all
-            g                groups of heads that share Bm and Cm
-            n                size of the state that each channel carries
-            Bm, Cm           how a token writes into the state, and reads from it (papers: B, C)
-            log_decay        log of the factor by which the state fades at a token (dt * A), <= 0
-
-Three times, never confused
-    t     flow time: how noisy the picture is. Made in §11 and §13, enters the models by §2.
-    dt    step of the state-space model: how far a token moves the state. Lives in §6.
-    ts    liquid time: how long a CfC has been relaxing. Lives in §4.
-(tau: §4's time constant. g, h, b, f, A, alpha in §4's formulas are its papers', not §5's, §11's.)
+    t in [0, 1]   0 is data, 1 is noise, everywhere. (Many papers count the other way.)
+    pictures      (B, C, H, W): batch, channels, height, width; float, in [-1, 1].
+    tokens        (b, l, d): batch, length, width of a token; small letters, as all of sequences.
+    models        model(x, t, y=None) -> x's shape; x (B, C, H, W), t (B,), y labels (B,) or None.
+    precision     autocast may run matrix products, and what mixes their results, in half
+                  precision; what is accumulated or exponentiated (decays, carried states, sums in
+                  norms, the time embedding, losses) stays float32. A float64 model stays float64.
+    three times   t, flow time: how noisy the picture is (§2, §11, §13). dt, the step of a state-
+                  space model: how far a token moves the state (§6). ts, liquid time: how long a
+                  CfC relaxes (§4). (The formulas of papers in §4 and §5 have a t of their own.)
 
 Five places to extend, each a dictionary from which the command line and the tests take their
 choices: MIXERS (§6), SCANS (§7), PROCESSES (§11), PHYSICS (§12), SAMPLERS (§13).
@@ -61,32 +58,26 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+
 # ------------------------------------------------------------------------------------------------
 # §1  Five small helpers
-
 def full(x):
-    """x in at least float32: half precision is widened, float32 and float64 stay as they are.
-
-    A plain .float() would quietly throw away the digits of a float64 proof.
-    """
+    """x in at least float32: half is widened, float64 stays (a plain .float() would narrow it)."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
 
 def per_picture(value, x):
     """One number for each picture, (B,), shaped to multiply x, (B, ...): (B, 1, ..., 1).
 
     Without it (B,) * (B, C, H, W) lines B up with W: an error or, where they agree, silently wrong.
-    In x's precision, or float32 for half.
+    In x's precision; float32 for half.
     """
     return value.to(full(x).dtype).reshape(-1, *[1] * (x.dim() - 1))
-
 
 def zeroed(layer):
     """The layer with every parameter at zero, for layers that should say nothing at first."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
-
 
 def sides(image_size):
     """(height, width) of an image_size, which is one int or a pair; ValueError for other things."""
@@ -95,19 +86,18 @@ def sides(image_size):
         raise ValueError(f"image size {image_size!r}: give one positive whole number, or two")
     return pair
 
-
 def choose(what, name, table):
     """table[name], or a ValueError that lists the names that there are."""
     if name not in table:
         raise ValueError(f"unknown {what} {name!r}; there are: {', '.join(table)}")
     return table[name]
 
-
 # ------------------------------------------------------------------------------------------------
 # §2  Time embedding
 #
-# A network cannot do much with the bare number t: weights times t, and then an activation, can only
-# bend slowly along it. So t is shown on dim/2 clock hands that turn at speeds from fast to slow:
+# The network must be told the noise level t, and cannot do much with the bare number: weights times
+# t, and then an activation, can only bend slowly along it. So t is shown on dim // 2 clock hands
+# that turn at speeds from fast to slow, by the two coordinates of each:
 #
 #     sinusoidal(t) = [cos(scale * t * freq_k) | sin(scale * t * freq_k)],
 #     freq_k = max_period^(-k / (dim // 2)),   k = 0 ... dim // 2 - 1
@@ -115,7 +105,6 @@ def choose(what, name, table):
 # The speeds were made for step numbers 0 ... 1000. With t in [0, 1] left as it is, the fastest
 # hand turns one radian in all and the others hardly move: at dim 256 the first principal direction
 # holds 99 % of the variance over t. Hence scale = 1000.
-
 def sinusoidal(t, dim, max_period=10000, scale=1000):
     """Sinusoidal features of a time: t (B,) in [0, 1] -> (B, dim), at least float32.
 
@@ -129,36 +118,29 @@ def sinusoidal(t, dim, max_period=10000, scale=1000):
     features = torch.cat([angle.cos(), angle.sin()], dim=1)
     return F.pad(features, (0, dim % 2))                                     # (B, dim)
 
-
 class SinusoidalTimeEmbedding(nn.Module):
-    """The features above, then a two-layer SiLU network: t (B,) in [0, 1] -> (B, dim).
-
-    Outside autocast: half precision would blur neighbouring times into one.
-    """
-
+    """The features above, then a two-layer SiLU network: t (B,) in [0, 1] -> (B, dim)."""
     def __init__(self, dim, scale=1000):
         super().__init__()
         self.dim, self.scale = dim, scale
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim))
 
     def forward(self, t):
-        with torch.autocast(t.device.type, enabled=False):
+        with torch.autocast(t.device.type, enabled=False):    # half would blur neighbouring times
             features = sinusoidal(t, self.dim, scale=self.scale)
             return self.mlp(features.to(self.mlp[0].weight.dtype))
-
 
 # ------------------------------------------------------------------------------------------------
 # §3  AdaLN: how a condition steers a layer
 #
-# The condition c (the time embedding, plus a label embedding where there are labels) scales and
-# shifts the normalised features:
+# The condition c (the time embedding, plus a label embedding where there are labels) is a vector
+# that every layer listens to. It scales and shifts the layer's normalised features:
 #
 #     AdaLN(x, c) = norm(x) * (1 + scale(c)) + shift(c)
 #
 # scale and shift come from SiLU(c) through a linear layer that starts at zero. A new layer is
 # therefore exactly the plain norm, and steering is learnt from there; random steering at the start
 # would hand every block a different, meaningless distortion to undo first.
-
 class AdaLN(nn.Module):
     """Adaptive normalisation: (B, dim, H, W) or (b, l, dim), with c (B, cond_dim) -> x's shape.
 
@@ -166,7 +148,6 @@ class AdaLN(nn.Module):
     divides dim), tokens over dim; no learned affine, eps 1e-6. Source: the adaLN-Zero of Peebles &
     Xie (2023), "Scalable Diffusion Models with Transformers", without its gate on the residual.
     """
-
     def __init__(self, dim, cond_dim):
         super().__init__()
         self.dim = dim
@@ -183,24 +164,25 @@ class AdaLN(nn.Module):
             scale, shift = scale[:, None], shift[:, None]
         return normed.to(scale.dtype) * (1 + scale) + shift    # x's shape; half under autocast
 
-
 # ------------------------------------------------------------------------------------------------
 # §4  Liquid networks, in three steps
 #
-# Step 1: the equation. A liquid time-constant (LTC) neuron x leaks with time constant tau, while
-# an input-dependent conductance f >= 0 pulls it towards A:
+# A neuron with a state is a leaky bucket: input raises the level, the level leaks, and the size of
+# the hole, its time constant, says how far back it remembers. In a liquid neuron the input widens
+# the hole, too: strong input is followed at once, weak input is averaged over a long time.
+#
+# Step 1: the equation. The level x of a liquid time-constant (LTC) neuron leaks with time constant
+# tau, while an input-dependent conductance f >= 0 pulls it towards A (t is liquid time here):
 #
 #     dx/dt = -(1/tau + f) * x + f * A
 #
-# f stands in front of x too: the input also sets how fast the neuron reacts, its time constant is
-# "liquid". A numerical solution is as accurate as one likes, but each step waits for the last.
-
+# f also multiplies x: it is what makes the time constant, 1 / (1/tau + f), depend on the input.
+# A numerical solution is as accurate as one likes, but each step waits for the one before.
 def ltc_ode(x0, f, A, tau, t, steps):
     """x(t) of the LTC equation from x(0) = x0, with f held constant, by `steps` Runge-Kutta steps.
 
-    x0, f >= 0, A, tau > 0, t: tensors that broadcast to one shape, the shape of the result. The
-    error falls with the fourth power of `steps`.
-    Source: Hasani et al. (2021), "Liquid Time-constant Networks".
+    x0, f >= 0, A, tau > 0, t: tensors that broadcast to one shape, the shape of the result. Error ~
+    1 / steps^4. Source: Hasani et al. (2021), "Liquid Time-constant Networks".
     """
     def slope(x):
         return -(1 / tau + f) * x + f * A
@@ -213,12 +195,10 @@ def ltc_ode(x0, f, A, tau, t, steps):
         x = x + step / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
     return x
 
-
 # Step 2: the exact solution. For a constant input the equation is linear in x: an exponential
-# approach, at rate 1/tau + f, to the point where leak and pull balance.
+# approach, at rate 1/tau + f, to the point where leak and pull balance (where dx/dt is 0).
 #
 #     x(t) = x_inf + (x0 - x_inf) * exp(-(1/tau + f) * t),    x_inf = f * A / (1/tau + f)
-
 def ltc_closed_form(x0, f, A, tau, t):
     """The exact x(t) of the LTC equation for constant f; arguments and result as in ltc_ode.
 
@@ -228,28 +208,24 @@ def ltc_closed_form(x0, f, A, tau, t):
     x_inf = f * A / rate
     return x_inf + (x0 - x_inf) * torch.exp(-rate * t)
 
-
 # Step 3: the learned gate. Inputs that change leave an integral without a closed form. The closed-
-# form continuous-time cell (CfC) keeps the shape of the solution above, a start that hands over to
-# an end as time passes, and learns the parts: the start g, the end h, the speed f of the change (of
-# any sign now), and its offset b. A sigmoid takes the place of the exponential:
+# form continuous-time cell (CfC) keeps the shape of step 2, a start that hands over to an end as
+# time passes, and learns the parts: the start g, the end h, the speed f of the change (of any sign
+# now), and its offset b. A sigmoid takes the place of the exponential:
 #
 #     gate = sigmoid(-(f * t + b)),    new state = gate * g + (1 - gate) * h
 #
 # It approximates, and does not solve: at t = 0 the state is not g but a mixture by sigmoid(-b). For
 # certain it keeps the limits (where f > 0: g for t -> -inf, h for t -> +inf) and a bound: g and h
 # end in a tanh and are mixed, so no state leaves [-1, 1]. With linear g and h it could.
-
 class ScaledTanh(nn.Module):
     """height * tanh(slope * x)."""
-
     def __init__(self, height, slope):
         super().__init__()
         self.height, self.slope = height, slope
 
     def forward(self, x):
         return self.height * torch.tanh(self.slope * x)
-
 
 class CfCCell(nn.Module):
     """One step of a closed-form continuous-time cell: cell(x, h, t) -> the new state (b, hidden).
@@ -258,7 +234,6 @@ class CfCCell(nn.Module):
     |output| <= 1 for every finite input, weight and time, unless a sum inside overflows. Source:
     Hasani et al. (2022), "Closed-form continuous-time neural networks" (f: time_a, b: time_b).
     """
-
     def __init__(self, input_size, hidden_size, backbone_units=128, backbone_layers=1):
         super().__init__()
         layers, width = [], input_size + hidden_size
@@ -267,39 +242,39 @@ class CfCCell(nn.Module):
             layers += [nn.Linear(width, backbone_units), ScaledTanh(1.7159, 0.666)]
             width = backbone_units
         self.backbone = nn.Sequential(*layers)
-        self.g_head = nn.Linear(width, hidden_size)
-        self.h_head = nn.Linear(width, hidden_size)
-        self.time_a = nn.Linear(width, hidden_size)
-        self.time_b = nn.Linear(width, hidden_size)
+        self.g_head, self.h_head, self.time_a, self.time_b = (
+            nn.Linear(width, hidden_size) for _ in range(4))
 
     def forward(self, x, h, t):
         t = torch.as_tensor(t, dtype=x.dtype, device=x.device).reshape(-1, 1)    # (1 or b, 1)
         features = self.backbone(torch.cat([x, h], dim=1))                       # (b, units)
         gate = torch.sigmoid(-(self.time_a(features) * t + self.time_b(features)))
-        g, h = torch.tanh(self.g_head(features)), torch.tanh(self.h_head(features))
-        return gate * g + (1 - gate) * h                                         # (b, hidden)
+        start, end = torch.tanh(self.g_head(features)), torch.tanh(self.h_head(features))
+        return gate * start + (1 - gate) * end                                   # (b, hidden)
 
-
-# The cell steps through a sequence; the models below use another form. In a picture every pixel is
-# a liquid neuron, x is its old state, all take their step at once, and the condition c (the noise
-# level above all) says how long it is: a liquid time ts(c) > 0 for each channel, used twice:
+# The cell steps through a sequence. The models below need a layer for pictures, and borrow the gate
+# of step 3 and the relaxation of step 2. Every feature of every pixel is a neuron, and its value x
+# is the old state (nothing is carried from call to call). All take one step together, and the
+# condition c, the noise level above all, says how long it is: a liquid time ts(c) > 0 for each
+# channel. The surroundings of a pixel propose f, g and h:
 #
-#     gate = sigmoid(-(f * ts + b(c))),    cfc = gate * g + (1 - gate) * h    the cell, but b from c
-#     out  = alpha * x + (1 - alpha) * cfc,    alpha = exp(-lambda * ts)          relaxation
+#     gate = sigmoid(-(f * ts + b(c))),    cfc = gate * g + (1 - gate) * h        step 3, b from c
+#     out  = alpha * x + (1 - alpha) * cfc,    alpha = exp(-lambda * ts)          step 2, x0 is x
 #
-# The second line is step 2 again: x relaxes towards cfc at a learned rate lambda > 0. ts and lambda
-# are kept within a factor of 4 of where they start (1 and log 2, so alpha = 0.5^ts at first): then
-# alpha stays below 0.96, and the liquid part is never cut off.
-
+# In words: a gated convolution, whose gate and whose share alpha of x that is kept follow the noise
+# level. Why should they? The noisier the picture, the less a feature says by itself, and the more
+# its surroundings do. ts and the rate lambda > 0 are learned, for each channel, within a factor of
+# 4 of where they start, 1 and log 2. With lambda at its start alpha = 0.5^ts:
+#
+#     ts       1/4     1      4
+#     alpha    0.84   0.50   0.06      and never above 0.5^(1/16) = 0.96: cfc is never cut off
 class ParallelCfC(nn.Module):
     """A CfC for every pixel: x (B, dim, H, W), c (B, cond_dim) -> (B, dim, H, W).
 
     f, g and h share one depthwise convolution (kernel_size, odd: ValueError if even) and one
     expansion to expand * dim channels. |cfc| <= 1, so |out| <= max(|x|, 1) everywhere. alpha
-    "constant" is 0.993 = 0.5^0.01 at every t, for comparison.
-    Source: Hasani et al. (2022) for the gate; the relaxation is the LTC solution of step 2.
+    "constant" is 0.993 = 0.5^0.01 at every t, for comparison. Source: Hasani et al. (2022).
     """
-
     def __init__(self, dim, cond_dim, kernel_size=5, expand=2, alpha="liquid"):
         super().__init__()
         if kernel_size % 2 == 0:
@@ -307,10 +282,9 @@ class ParallelCfC(nn.Module):
         self.backbone = nn.Sequential(
             nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim),
             nn.Conv2d(dim, expand * dim, 1), nn.SiLU())
-        self.f_head = nn.Conv2d(expand * dim, dim, 1)
-        self.g_head = nn.Conv2d(expand * dim, dim, 1)
-        self.h_head = nn.Conv2d(expand * dim, dim, 1)
-        # ts = 4^tanh(time(c)): small weights, bias 0, so near 1 at first, but not alike for all c
+        self.f_head, self.g_head, self.h_head = (
+            nn.Conv2d(expand * dim, dim, 1) for _ in range(3))
+        # ts = 4^tanh(time(c)): small weights, bias 0 at first, so near 1, but not alike for all c
         self.time = zeroed(nn.Linear(cond_dim, dim))
         nn.init.normal_(self.time.weight, std=0.08 / math.sqrt(cond_dim))
         self.bias = zeroed(nn.Linear(cond_dim, dim))          # b(c)
@@ -333,7 +307,7 @@ class ParallelCfC(nn.Module):
         ts = self.liquid_time(c)                                                # (B, dim)
         alpha = torch.exp(-math.log(2) * 4 ** torch.tanh(self.rho) * ts)        # (B, dim)
         if self.fixed_alpha:
-            alpha = self.fixed_alpha + 0 * alpha    # DDP wants a gradient of rho
+            alpha = self.fixed_alpha + 0 * alpha    # rho gets a gradient, of 0: DDP insists on one
         slope, offset = (-v.to(f.dtype)[:, :, None, None] for v in (ts, self.bias(c)))
         gate = torch.sigmoid(f * slope + offset)      # -(f * ts + b), the sign in small tensors
         return gate, alpha.to(x.dtype)[:, :, None, None]
@@ -342,62 +316,81 @@ class ParallelCfC(nn.Module):
         f, g, h = self.heads(x)
         gate, alpha = self.gates(x, c, f)
         g, h = torch.tanh(g), torch.tanh(h)
-        cfc = h + gate * (g - h)                                  # gate * g + (1 - gate) * h
+        cfc = h + gate * (g - h)             # gate * g + (1 - gate) * h, with one product less
         return alpha * x + (1 - alpha) * cfc
-
 
 # ------------------------------------------------------------------------------------------------
 # §5  State-space duality: one operator, three ways to compute it
 #
-# A token sequence is read from left to right by heads that carry a small matrix S, the state. At
-# every token the state fades, takes something in, and is read out:
+# In a sequence of tokens each should know of those before it. Attention keeps all of them, and
+# compares each with each. A state-space model keeps a summary of fixed size, the state S, which is
+# a small matrix for each head. At every token t it fades, takes something in, and is read out:
 #
 #     S_t = exp(log_decay_t) * S_{t-1} + x_t (outer) Bm_t          (p, n)
 #     y_t = S_t Cm_t                                               (p,)
 #
-# Written out, y_t is a weighted sum over itself and all earlier tokens, with weights
+# Think of n drawers: Bm_t says how much of x_t goes into each, Cm_t how much of each comes out. The
+# decay, between 0 and 1, says how long they keep it. Its log is what is passed around: over many
+# tokens decays multiply, to numbers that underflow; their logs add up.
+#
+# Unrolled, y_t is a weighted sum over its own token and all earlier ones, y = M x with
 #
 #     M[t, s] = (Cm_t . Bm_s) * exp(log_decay_{s+1} + ... + log_decay_t)   for s <= t, else 0
 #
 # which is attention with queries Cm, keys Bm, values x, and a decay in place of the softmax. That
-# is the duality: the same numbers by a loop over l, or by an (l, l) matrix. The loop takes l steps
-# that wait for each other, the matrix costs l^2; chunks of the sequence give the best of both.
+# is the duality: the same numbers by a loop, or by an (l, l) matrix. By hand, for x = 1, 2, 3,
+# Bm = Cm = 1 and decays of 1/2:
 #
-# The three ssd functions share arguments and results (x already multiplied by §6's dt; t counts
-# tokens in this section, k chunks of q tokens each make a sequence):
-#     x (b, l, h, p), log_decay (b, l, h) <= 0, Bm and Cm (b, l, g, n), head i uses group i // r,
-#     r = h / g; initial_state (b, h, p, n), zero if None -> y (b, l, h, p), a final state like it.
+#     loop     S = y = 1,    1/2 * 1 + 2 = 2.5,    1/2 * 2.5 + 3 = 4.25
+#     matrix   M = [[1, 0, 0], [1/2, 1, 0], [1/4, 1/2, 1]],   y_3 = 1/4 * 1 + 1/2 * 2 + 1 * 3 = 4.25
+#     chunks   of 2: [1, 2] by the matrix is 1, 2.5, and leaves S = 2.5. [3] by itself is 3; it also
+#              reads 1/2 * 2.5 from the state that enters, which makes 4.25
+#
+# The loop takes l steps that wait for each other, the matrix costs l^2. Chunks, the third way, take
+# the matrix inside and the loop between, and have neither fault. All three have the same arguments
+# and results (x is already multiplied by §6's dt):
+#
+#     x (b, l, h, p)         h heads, each p wide
+#     log_decay (b, l, h)    <= 0, so a state may fade, but never explode
+#     Bm, Cm (b, l, g, n)    the papers' B and C, for states of size n; each of the g groups serves
+#                            r = h / g heads, head i is in group i // r
+#     initial_state          (b, h, p, n), zero if None  ->  y (b, l, h, p), a final state likewise
+#
 # Source: Dao & Gu (2024), "Transformers are SSMs", the state space duality model.
-
 def ssd_sequential(x, log_decay, Bm, Cm, initial_state=None):
     """The recurrence, token by token: slow, and the definition of what the other two compute."""
-    b, l, h, p = x.shape
-    r, dtype = h // Bm.shape[2], x.dtype                                          # heads in a group
-    x, log_decay, Bm, Cm = full(x), full(log_decay), full(Bm), full(Cm)
-    state = x.new_zeros(b, h, p, Bm.shape[3]) if initial_state is None else full(initial_state)
-    # unbind once: in the backward pass, each index in a loop makes a gradient of the whole tensor
-    decay = torch.exp(log_decay)[..., None, None].unbind(1)                       # l x (b, h, 1, 1)
-    write = (x[..., None] * Bm.repeat_interleave(r, 2)[..., None, :]).unbind(1)   # l x (b, h, p, n)
-    read = Cm.repeat_interleave(r, 2)[..., None].unbind(1)                        # l x (b, h, n, 1)
-    y = []
-    for t in range(l):
-        state = decay[t] * state + write[t]                                        # (b, h, p, n)
-        y.append((state @ read[t]).squeeze(-1))                                    # (b, h, p)
+    h, dtype, decay = x.shape[2], x.dtype, full(log_decay).exp()
+    Bm, Cm = (full(v).repeat_interleave(h // v.shape[2], 2) for v in (Bm, Cm))     # (b, l, h, n)
+    write = full(x)[..., None] * Bm[..., None, :]                                  # (b, l, h, p, n)
+    state = torch.zeros_like(write[:, 0]) if initial_state is None else full(initial_state)
+    # unbind, not write[:, t]: the gradient of that is as long as the sequence, at every token
+    steps, y = (decay[..., None, None], write, Cm[..., None]), []
+    for decay_t, write_t, read_t in zip(*(v.unbind(1) for v in steps)):
+        state = decay_t * state + write_t                                          # (b, h, p, n)
+        y.append((state @ read_t).squeeze(-1))                                     # (b, h, p)
     return torch.stack(y, dim=1).to(dtype), state
 
-
+# The chunks, q tokens each:
+#
+#     tokens           1 ... q     |     q+1 ... 2q    |    2q+1 ... 3q
+#     1. inside        M x         |     M x           |    M x              all at once
+#     2. leave behind  S           |     S             |    S                all at once
+#     3. enter              '------+---> .   '---------+--> .   '----->      faded, and added up
+#     4. read from it              |     Cm            |    Cm               all at once
+#
+# A head holds l q numbers for its M's, and (l / q) p n for its states: least for q = sqrt(p n).
 class Between(torch.autograd.Function):
-    """a (..., l), and a dtype -> the decays between tokens, [t, s] = exp(a_{s+1} + ... + a_t).
+    """The decays between tokens: a (..., l), log decays, and a dtype -> (..., l, l) of that dtype.
 
-    (..., l, l); 1 above the diagonal: mask what is multiplied with it there. Each column is a sum of
-    its own. To subtract two entries of one running sum would lose digits: after a hundred decays of
-    -60 it is near -6000, where float32 numbers are 5e-4 apart. The gradient is not exponentiated,
-    and may subtract: a_j is in every entry with s < j <= t, that is in rows from j on, less what
-    stands there in columns from j on. So, with H = dL/d(decay) * decay,
+        decay[t, s] = exp(a_{s+1} + ... + a_t), and 1 above the diagonal: mask what it multiplies
+
+    Each column is a sum of its own. To subtract two entries of one running sum would lose digits:
+    after a hundred decays of -60 it is near -6000, where float32 numbers are 5e-4 apart. The
+    gradient, by hand, keeps only `decay`, and may subtract, as it is not exponentiated. a_j is in
+    decay[t, s] for s < j <= t, so with H = dL/d(decay) * decay
 
         dL/da_j = sum of H[t, s] over s < j <= t = sum over t >= j of (row t of H - column t of H)
     """
-
     @staticmethod
     def forward(ctx, a, dtype):
         ones = torch.ones(a.shape[-1], a.shape[-1], dtype=a.dtype, device=a.device)
@@ -413,18 +406,16 @@ class Between(torch.autograd.Function):
         rows, columns = (H.sum(axis, dtype=full(H).dtype) for axis in (-1, -2))
         return (rows - columns).flip(-1).cumsum(-1).flip(-1), None
 
-
 def carry_states(states, log_decay, carried=None):
-    """The recurrence between chunks: what enters each, and what leaves the last.
+    """Step 3, the recurrence between chunks: what enters each, and what leaves the last.
 
         entering_{j+1} = exp(log_decay_j) * entering_j + states_j,   entering_0 = carried, or 0
 
-    states (..., k, m), log_decay (..., k), carried (..., 1, m), results likewise; the last one is
-    float32 or wider. Like M above, over chunks, 16 at a time: cost linear in k.
+    For k chunks: states (..., k, m), log_decay (..., k), carried (..., 1, m); results likewise, the
+    last one at least float32. By a matrix as above, for 16 chunks at a time: cost linear in k.
     """
-    entering, short = [], states.shape[-2] <= 16             # one span needs no copies
-    for S, a in [(states, log_decay)] if short else zip(
-            states.split(16, -2), log_decay.split(16, -1)):
+    entering = []
+    for S, a in zip(states.split(16, -2), log_decay.split(16, -1)):
         # Shifted a row down: chunk j receives the chunks before it
         decay = F.pad(Between.apply(a, a.dtype).tril(), (0, 0, 1, -1))       # (..., k, k), k <= 16
         with torch.autocast(S.device.type, enabled=False):    # accumulated: not in half precision
@@ -433,14 +424,13 @@ def carry_states(states, log_decay, carried=None):
                 S_in = S_in + F.pad(a, (1, -1)).cumsum(-1).exp()[..., None] @ carried
         carried = a[..., -1:, None].exp() * S_in[..., -1:, :] + S[..., -1:, :]
         entering.append(S_in.to(states.dtype))
-    return entering[0] if short else torch.cat(entering, -2), carried
-
+    return torch.cat(entering, -2), carried
 
 def ssd_chunked(x, log_decay, Bm, Cm, initial_state=None, chunk_size=None):
     """The fast form: matrices inside the chunks, states between them; cost linear in l.
 
     chunk_size >= 1 (else ValueError) changes the result by rounding only. None: uncut up to 64
-    tokens, else a power of 2, from 16 up, near sqrt(p n): M of a chunk is as large as a state.
+    tokens, else a power of 2, from 16 up, near sqrt(p n).
     """
     b, l, h, p = x.shape
     g, n, dtype = *Bm.shape[2:], x.dtype
@@ -448,8 +438,8 @@ def ssd_chunked(x, log_decay, Bm, Cm, initial_state=None, chunk_size=None):
     q = min(l, default if chunk_size is None else chunk_size)
     if q < 1:
         raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
-
-    def chunks(v):           # (b, l, h, m) -> (b, g, r, k, q, m), or r = 1 from (b, l, g, m)
+    def chunks(v):
+        """(b, l, h, m) -> (b, g, r, k, q, m), k chunks; (b, l, g, m) likewise, with r = 1."""
         # Pad to whole chunks: decay 1 and input 0 leave a state as it is, so padding is exact
         v = F.pad(v, (0, 0, 0, 0, 0, -l % q)) if l % q else v
         v = v.unflatten(1, (-1, q)).unflatten(3, (g, -1)).permute(0, 3, 4, 1, 2, 5)
@@ -458,31 +448,29 @@ def ssd_chunked(x, log_decay, Bm, Cm, initial_state=None, chunk_size=None):
     a = chunks(full(log_decay)[..., None]).squeeze(-1)              # (b, g, r, k, q)
     decay = Between.apply(a, dtype)                                 # (b, g, r, k, q, q)
     since, to_end = a.cumsum(-1).exp().to(dtype)[..., None], decay[..., -1, :, None]
-
-    # 1. Every chunk as if it were a sequence by itself: M (tril: only s <= t), times x.
+    # 1. Every chunk by itself: M[t, s] = (Cm_t . Bm_s) * decay[t, s] for s <= t (tril), times x
     M = (Cm @ Bm.mT).tril() * decay                                 # (b, g, r, k, q, q)
     y = M @ x                                                       # (b, g, r, k, q, p)
-    # 2. The state that each leaves behind, here (n, p), and 3. the state that enters each.
+    # 2. What it leaves behind: the sum over s of decay[end, s] * Bm_s (outer) x_s, here (n, p)
     states = (Bm * to_end).mT @ x                                   # (b, g, r, k, n, p)
+    # 3. What enters each chunk
     if initial_state is not None:
         initial_state = full(initial_state).mT.reshape(b, g, -1, 1, n * p)
     entering, final = carry_states(states.flatten(-2), a.sum(-1), initial_state)
-    # 4. Add what the tokens read from the state that entered, unless that is 0.
+    # 4. What its tokens read from that: exp(a_1 + ... + a_t) * Cm_t . S, if there is anything
     if l > q or initial_state is not None:
         y = y + (Cm * since) @ entering.unflatten(-1, (n, p))
     y = y.permute(0, 3, 4, 1, 2, 5).reshape(b, -1, h, p)[:, :l]
     return y.to(dtype), final.view(b, h, n, p).mT
 
-
 def ssd_quadratic(x, log_decay, Bm, Cm, initial_state=None):
     """The dual form: one chunk, so the masked (l, l) matrix M, times x. Cost l^2."""
     return ssd_chunked(x, log_decay, Bm, Cm, initial_state, chunk_size=x.shape[1])
 
-
 # ------------------------------------------------------------------------------------------------
 # §6  The Mamba-2 mixer
 #
-# §5 is an operator without parameters. The mixer computes its arguments from the tokens u, so that
+# The operator of §5 has no parameters. The mixer computes its arguments from the tokens u, so that
 # the data decide what is written, what is read, and how fast the state fades:
 #
 #     z, x, Bm, Cm, dt = in_proj(u)
@@ -492,8 +480,8 @@ def ssd_quadratic(x, log_decay, Bm, Cm, initial_state=None):
 #     y                = ssd(dt * x, log_decay, Bm, Cm) + D * x    D: a skip
 #     out              = out_proj(RMSNorm(y * SiLU(z)))            z: a gate on what leaves
 #
-# A large step both writes more and forgets more: dt is the gate of this recurrence.
-
+# A large step both writes more and forgets more: dt is the gate of this recurrence. (It is a step
+# of dS/dt = A S + x (outer) Bm: its decay exact, as in step 2 of §4, its input to first order.)
 class Mamba2(nn.Module):
     """The Mamba-2 token mixer: (b, l, d_model) -> (b, l, d_model), causal in the order of l.
 
@@ -501,7 +489,6 @@ class Mamba2(nn.Module):
     state-spaces/mamba), so its weights load here; but the norm is over all of d_inner. d_state is
     §5's n, headdim p, ngroups g. ValueError unless headdim divides expand * d_model, and g heads.
     """
-
     def __init__(self, d_model, d_state=64, d_conv=4, expand=2, headdim=64, ngroups=1,
                  chunk_size=None):
         super().__init__()
@@ -514,7 +501,6 @@ class Mamba2(nn.Module):
         self.headdim, self.ngroups, self.chunk_size = headdim, ngroups, chunk_size
         conv_dim = d_inner + 2 * ngroups * d_state                    # x, Bm and Cm side by side
         self.sizes = d_inner, ngroups * d_state, nheads, conv_dim
-
         self.in_proj = nn.Linear(d_model, d_inner + conv_dim + nheads, bias=False)
         self.conv1d = nn.Conv1d(conv_dim, conv_dim, d_conv, groups=conv_dim)
         # Steps start log-uniform between 1e-3 and 1e-1: some heads remember long, some briefly.
@@ -536,7 +522,6 @@ class Mamba2(nn.Module):
         x, Bm, Cm = xBC.split([d_inner, d_bc, d_bc], dim=-1)
         x = x.unflatten(-1, (nheads, self.headdim))                                 # (b, l, h, p)
         Bm, Cm = (v.unflatten(-1, (self.ngroups, -1)) for v in (Bm, Cm))            # (b, l, g, n)
-
         dt = F.softplus(full(dt) + self.dt_bias)                                    # (b, l, h)
         log_decay = -dt * torch.exp(full(self.A_log))                               # (b, l, h) <= 0
         dt, D = dt.to(x.dtype), self.D.to(x.dtype)
@@ -548,24 +533,29 @@ class Mamba2(nn.Module):
         scale = torch.rsqrt(squares.sum(-1, keepdim=True) / d_inner + self.norm.eps)   # 1 / root
         return F.linear(y.flatten(2), self.norm.weight * self.out_proj.weight) * scale.to(y.dtype)
 
-
-# What mixes the tokens of a model: name -> class, made as cls(dim, d_state=, expand=, headdim=),
-# mapping (b, l, dim) to the same shape, each sequence by itself. "none" returns its input.
+# What mixes the tokens of a model: name -> class, constructed as cls(dim, d_state=, expand=,
+# headdim=), mapping (b, l, dim) to the same shape, each sequence by itself. "none": its input.
 MIXERS = {"mamba2": Mamba2, "none": nn.Identity}
-
 
 # ------------------------------------------------------------------------------------------------
 # §7  Scan orders
 #
 # §5 reads a sequence, but a picture has none: some order must be chosen. Reading row after row, as
 # a page, jumps from the end of each row to the start of the next. A zigzag turns round instead, so
-# that consecutive tokens are always neighbours. But a token hears only what came before it on its
-# path. So there are eight, from each corner by rows or columns: blocks take turns, or average two.
+# that consecutive tokens are always neighbours. Three of the eight on a grid of 2 x 3, whose cells
+# have the raster indices 0 1 2 / 3 4 5:
+#
+#     from the top left, by rows     by columns             from the bottom left, by rows
+#          0 > 1 > 2                 0   1 > 2              0 < 1 < 2
+#                  v                 v   ^   v                      ^
+#          3 < 4 < 5                 3 > 4   5              3 > 4 > 5
+#     order [0, 1, 2, 5, 4, 3]       [0, 3, 4, 1, 2, 5]     [3, 4, 5, 2, 1, 0]
+#
+# A token hears only what came before it on its path, so blocks take turns, or average two paths.
 #
 # order[i] is the raster index of the cell that is visited i-th: tokens[:, order] lays the cells
-# along the path. The other reading, "when is cell i visited", is its inverse. They are easily
-# swapped, and a round trip cannot tell (a row zigzag from the top is even its own inverse).
-
+# along the path. The other reading, "when is cell i visited", is its inverse, for the third path
+# [5, 4, 3, 0, 1, 2]. They are easily swapped; the first two are their own inverses and cannot tell.
 def zigzag_orders(height, width):
     """The eight zigzags over a grid -> LongTensor (8, height * width) of raster indices.
 
@@ -573,28 +563,23 @@ def zigzag_orders(height, width):
     rows, then the one along the columns. Source: Hu et al. (2024), "ZigMa".
     """
     grid = torch.arange(height * width).view(height, width)
-
     def snake(cells):                                   # every other row is walked backwards
         return torch.cat([row.flip(0) if i % 2 else row for i, row in enumerate(cells)])
     corners = grid, grid.flip(1), grid.flip(0), grid.flip(0, 1)
     return torch.stack([snake(view) for corner in corners for view in (corner, corner.T)])
 
-
 def inverse_order(order):
     """(..., l) -> (..., l): when each cell is visited. tokens[:, order][:, inverse] == tokens."""
     return torch.argsort(order, dim=-1)
 
-
 # name -> function(height, width), any grid -> LongTensor (paths, height * width); raster: as a page
 SCANS = {"zigzag": zigzag_orders, "raster": lambda h, w: torch.arange(h * w)[None]}
-
 
 class Scan(nn.Module):
     """Lets a mixer read a grid of tokens along several paths and averages what it says.
 
     (b, l, d) -> (b, l, d), both in raster order; orders (paths, l). Paths share the weights.
     """
-
     def __init__(self, mixer, orders):
         super().__init__()
         self.mixer = mixer
@@ -610,25 +595,34 @@ class Scan(nn.Module):
         mixed = mixed.index_select(1, self.inverse).view(b, self.paths, l, d)
         return mixed.mean(1) if self.paths > 1 else mixed.squeeze(1)          # a mean of one copies
 
-
 # ------------------------------------------------------------------------------------------------
 # §8  LiquidUNet: liquid blocks at several resolutions
 #
-# A U-Net looks at a picture through ever coarser grids and comes back up; every grid on the way up
-# also gets the features that were left there on the way down. Where others put attention, these
-# blocks put three residual parts:
+# A U-Net looks at a picture through ever coarser grids and comes back up. Every grid on the way up
+# also gets the features left there on the way down, so detail need not pass through the bottom:
+#
+#     x > stem > stage 0 ------------------- skip ----------------> fuse > stage 0 > norm, head > v
+#                   v  half the sides, more channels                 ^  twice the sides
+#                stage 1 ----------------- skip -------------> fuse > stage 1
+#                   v                                           ^
+#                stage 2 ------> bottom ------> stage 2 --------'
+#
+# A stage is a few blocks. Where others put attention, each has three residual parts:
 #
 #     x = x + gain * CfC(AdaLN(x, c), c)      the liquid part of §4
-#     x = x + SpatialMix(AdaLN(x, c))         a neighbourhood, and the mean of the whole picture
+#     x = x + SpatialMix(AdaLN(x, c))         a neighbourhood, and means over the whole picture
 #     x = x + FeedForward(AdaLN(x, c))        channels among themselves
-
+#
+# Labels enter by the condition c, and there is one more than classes, the null class "any". To draw
+# a class more clearly §13 exaggerates what its label changes, and so asks the network with it and
+# without (guidance). A network that always saw labels could not answer without: train.py hides one
+# in ten behind "any".
 class Condition(nn.Module):
     """c = time embedding + label embedding: t (B,), y (B,) or None -> (B, cond_dim).
 
-    Labels are 0 ... num_classes - 1; num_classes itself is the null class, "any", which y = None
-    stands for. ValueError for labels given to a model without classes.
+    Labels are 0 ... num_classes - 1; num_classes itself is the null class, which y = None stands
+    for. ValueError for labels given to a model without classes.
     """
-
     def __init__(self, cond_dim, num_classes, time_scale):
         super().__init__()
         self.num_classes = num_classes
@@ -641,14 +635,13 @@ class Condition(nn.Module):
         y = torch.full(t.shape, self.num_classes, device=t.device) if y is None else y
         return self.time(t) + (self.label(y) if self.num_classes else 0)
 
-
 class SpatialMix(nn.Module):
     """Local and global context without attention: (B, dim, H, W) -> (B, dim, H, W).
 
     AdaLN has taken away the mean of each group of channels; `whole` sees how those of a group
     differ. Up to 32 channels each is a group by itself: there it only adds a bias that c steers.
+    Because of the SiLU the result adds much, and takes away 0.28 at most.
     """
-
     def __init__(self, dim, kernel_size):
         super().__init__()
         self.local = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
@@ -659,10 +652,8 @@ class SpatialMix(nn.Module):
         mean = self.whole(x.mean((2, 3), keepdim=True)).expand_as(x)    # (B, dim, H, W)
         return F.silu(self.merge(torch.cat([self.local(x), mean], dim=1)))
 
-
 class UNetBlock(nn.Module):
     """The three residual parts above: x (B, dim, H, W), c (B, cond_dim) -> (B, dim, H, W)."""
-
     def __init__(self, dim, cond_dim, kernel_size=5, expand=2, alpha="liquid"):
         super().__init__()
         self.norm_cfc, self.norm_mix, self.norm_ff = (AdaLN(dim, cond_dim) for _ in range(3))
@@ -677,10 +668,8 @@ class UNetBlock(nn.Module):
         x = x + self.mix(self.norm_mix(x, c))
         return x + self.ff(self.norm_ff(x, c))
 
-
 class SkipFusion(nn.Module):
     """x, on the way up, and skip, from the way down, (B, dim, H, W), joined by a gate of c."""
-
     def __init__(self, dim, cond_dim):
         super().__init__()
         self.merge = nn.Conv2d(2 * dim, dim, 1)
@@ -690,16 +679,14 @@ class SkipFusion(nn.Module):
         gate = torch.sigmoid(self.gate(F.silu(c)))[:, :, None, None]         # (B, dim, 1, 1)
         return gate * self.merge(torch.cat([x, skip], dim=1)) + (1 - gate) * x
 
-
 class LiquidUNet(nn.Module):
     """A U-Net of convolutional CfC blocks: x (B, C, H, W), t (B,), y (B,) or None -> x's shape.
 
     channels and blocks list the stages from fine to coarse, two extra blocks lie at the bottom.
     ValueError if one is longer, or unless 2^(stages - 1) divides each side. The output starts at 0.
     """
-
     block = UNetBlock
-    def __init__(self, image_size, in_channels, num_classes, channels=(64, 128, 256),
+    def __init__(self, image_size, in_channels=3, num_classes=0, channels=(64, 128, 256),
                  blocks=(2, 2, 4), cond_dim=256, time_scale=1000, **block_options):
         super().__init__()
         if len(channels) != len(blocks):
@@ -716,16 +703,16 @@ class LiquidUNet(nn.Module):
             nn.Conv2d(in_channels, channels[0], 3, padding=1), nn.SiLU(),
             nn.Conv2d(channels[0], channels[0], 3, padding=1))
         self.encoder = nn.ModuleList(map(stage, channels, blocks))
-        pairs = list(itertools.pairwise(channels))                    # (fine, coarse)
+        pairs = list(itertools.pairwise(channels))                   # (fine, coarse)
         self.down = nn.ModuleList(nn.Conv2d(f, c, 3, stride=2, padding=1) for f, c in pairs)
         self.bottom = stage(channels[-1], 2)
-        self.decoder = nn.ModuleList(map(stage, channels, blocks))    # coarsest first
+        self.decoder = nn.ModuleList(map(stage, channels, blocks))    # numbered as the encoder
         self.up = nn.ModuleList(nn.Conv2d(c, f, 3, padding=1) for f, c in pairs)
         self.fuse = nn.ModuleList(SkipFusion(dim, cond_dim) for dim in channels[:-1])
         self.norm = AdaLN(channels[0], cond_dim)
         # Answer 0 at first: then the first loss is known (§11)
         self.head = zeroed(nn.Conv2d(channels[0], in_channels, 3, padding=1))
-        # A share of x, set by c: c_skip of Karras et al. (2022). Token models did worse with it
+        # A share of x, set by c: c_skip of Karras et al. (2022). §9 has none (README: it did worse)
         self.direct = zeroed(nn.Linear(cond_dim, in_channels))
 
     def forward(self, x, t, y=None):
@@ -733,43 +720,40 @@ class LiquidUNet(nn.Module):
         direct = self.direct(c)[:, :, None, None] * x                 # (B, C, H, W)
         x = self.stem(x)                                              # (B, channels[0], H, W)
         skips = []
-        for i, stage in enumerate(self.encoder):
+        for stage, down in zip(self.encoder, self.down):              # all but the coarsest
             for block in stage:
                 x = block(x, c)                                   # (B, channels[i], H/2^i, W/2^i)
-            if i < len(self.down):
-                skips.append(x)
-                x = self.down[i](x)
-        for block in self.bottom:
+            skips.append(x)
+            x = down(x)
+        for block in (*self.encoder[-1], *self.bottom, *self.decoder[-1]):
             x = block(x, c)
-        for i, stage in reversed(list(enumerate(self.decoder))):
-            if i < len(self.up):
-                x = self.up[i](F.interpolate(x, scale_factor=2.0, mode="nearest"))
-                x = self.fuse[i](x, skips.pop(), c)
-            for block in stage:
+        for i in reversed(range(len(self.up))):
+            x = self.up[i](F.interpolate(x, scale_factor=2.0, mode="nearest"))
+            x = self.fuse[i](x, skips[i], c)
+            for block in self.decoder[i]:
                 x = block(x, c)
         return self.head(F.silu(self.norm(x, c))) + direct            # (B, C, H, W)
-
 
 # ------------------------------------------------------------------------------------------------
 # §9  LiquidPatch and LiquidMamba: one token model, two kinds of block
 #
-# The picture is cut into patches, each becomes a token, blocks work on the tokens, and the tokens
-# become patches again. Between the halves one layer looks at the whole picture. Blocks in the
-# second half also get what one in the first half made (long skips): detail can go round the middle.
-
+# The picture is cut into patches of P x P, each becomes a token, blocks work on the tokens, and the
+# tokens become patches again. Halfway one layer looks at the whole picture. Blocks of the second
+# half also get what one of the first half made, so that detail can go round the middle:
+#
+#     x > embed, rows, columns > block 0 > block 1 > overview > block 2 > block 3 > norm, head > v
+#                                   |         '-------- skip ------^         ^
+#                                   '----------------- skip -----------------'
 def to_tokens(x):
     """(B, C, H, W) -> (b, l, d) in raster order, l = H * W, d = C."""
     return x.flatten(2).transpose(1, 2)
-
 
 def to_grid(tokens, height, width):
     """(b, l, d) -> (B, C, H, W), C = d; the inverse of to_tokens."""
     return tokens.transpose(1, 2).unflatten(2, (height, width))
 
-
 class TokenCfC(nn.Module):
     """gain * ParallelCfC: u (b, l, dim), c (b, cond_dim) -> (b, l, dim); expand 0: no CfC."""
-
     def __init__(self, dim, cond_dim, grid, kernel_size, expand, alpha):
         super().__init__()
         self.grid = grid
@@ -779,16 +763,14 @@ class TokenCfC(nn.Module):
 
     def forward(self, u, c):
         if self.cfc is None:
-            return 0 * u    # what u was made from gets a gradient of 0, as several GPUs want it
+            return 0 * u    # not 0: what made u gets a gradient, as DistributedDataParallel insists
         return self.gain.to(u.dtype) * to_tokens(self.cfc(to_grid(u, *self.grid), c))
-
 
 class PatchBlock(nn.Module):
     """Scan and CfC side by side, then a feed-forward: x (b, l, dim), c (b, cond_dim) -> x's shape.
 
         u = AdaLN(x, c);   x = x + Scan(u) + gain * CfC(u, c);   x = x + FeedForward(AdaLN(x, c))
     """
-
     def __init__(self, dim, cond_dim, grid, mixer, order, kernel_size=5, cfc_expand=1,
                  alpha="liquid", ff_expand=4):
         super().__init__()
@@ -803,7 +785,6 @@ class PatchBlock(nn.Module):
         x = x + (self.scan(u) + self.cfc(u, c))
         return x + self.ff(self.norm_ff(x, c))
 
-
 class MambaBlock(nn.Module):
     """CfC, then a scan there and back, then CfC: x (b, l, dim), c (b, cond_dim) -> x's shape.
 
@@ -811,7 +792,6 @@ class MambaBlock(nn.Module):
 
     The scan averages a path and the same path backwards, so each token hears from both sides.
     """
-
     def __init__(self, dim, cond_dim, grid, mixer, order, kernel_size=5, cfc_expand=1,
                  alpha="liquid"):
         super().__init__()
@@ -825,21 +805,23 @@ class MambaBlock(nn.Module):
         x = x + self.scan(self.norm_mix(x, c))
         return x + self.cfc_out(self.norm_out(x, c), c)
 
-
 class Overview(nn.Module):
     """One look at the whole picture: tokens (b, l, dim) in raster order -> the same shape.
 
         x = x + write(repeat(mix(v))),   v = average(read(norm(x))), 8 numbers in 8 x 8 cells
 
     A scan passes on what it remembers, a convolution reaches its neighbours; in a small model
-    neither brings the far ends of a shape together. mix is a network of `units` over all 8 * 64
-    numbers at once. The fixed grid keeps it small for large pictures. At first it adds nothing.
+    neither brings the far ends of a shape together. mix, of `units`, sees all 8 * 64 numbers; the
+    fixed grid keeps it small for large pictures. At first it adds nothing.
     """
-
     features, cells = 8, 8
     def __init__(self, dim, grid, units):
         super().__init__()
         self.grid = grid
+        # Which tokens lie in a cell: adaptive pooling as a matrix (MPS has not all sizes of it)
+        rows, columns = (F.adaptive_avg_pool1d(torch.eye(side), self.cells).T > 0 for side in grid)
+        inside = rows[:, None, :, None] & columns[None, :, None, :]              # (8, 8, H/P, W/P)
+        self.register_buffer("inside", inside.flatten(2).flatten(0, 1), persistent=False)
         self.norm = nn.LayerNorm(dim)
         self.read = nn.Linear(dim, self.features)
         size = self.features * self.cells**2
@@ -847,11 +829,11 @@ class Overview(nn.Module):
         self.write = zeroed(nn.Linear(self.features, dim))
 
     def forward(self, x):
-        v = to_grid(self.read(self.norm(x)), *self.grid)                         # (B, 8, H/P, W/P)
-        v = F.adaptive_avg_pool2d(v, self.cells)                                 # (B, 8, 8, 8)
-        v = self.mix(v.flatten(1)).view_as(v)
+        u = self.read(self.norm(x))                                              # (b, l, 8)
+        inside = self.inside.to(u)
+        v = inside @ u / inside.sum(1, keepdim=True)                             # (b, 64, 8)
+        v = self.mix(v.mT.flatten(1)).unflatten(1, (self.features, self.cells, self.cells))
         return x + self.write(to_tokens(F.interpolate(v, self.grid)))            # (b, l, dim)
-
 
 class LiquidPatch(nn.Module):
     """The token model: x (B, C, H, W), t (B,), y (B,) or None -> x's shape.
@@ -859,9 +841,8 @@ class LiquidPatch(nn.Module):
     patch_size 0 means max(least_patch, shorter side // most_cells). ValueError unless the patch
     size divides every side, and for unknown names of scan or mixer. The output is zero at first.
     """
-
     block, least_patch, most_cells = PatchBlock, 2, 32
-    def __init__(self, image_size, in_channels, num_classes, dim=256, depth=4, cond_dim=256,
+    def __init__(self, image_size, in_channels=3, num_classes=0, dim=256, depth=4, cond_dim=256,
                  patch_size=0, d_state=64, expand=2, headdim=64, scan="zigzag", mixer="mamba2",
                  overview=128, time_scale=1000, **block_options):
         super().__init__()
@@ -873,7 +854,6 @@ class LiquidPatch(nn.Module):
         self.patch_size, self.grid = P, (size[0] // P, size[1] // P)
         orders = choose("scan", scan, SCANS)(*self.grid)
         make_mixer = choose("mixer", mixer, MIXERS)
-
         self.condition = Condition(cond_dim, num_classes, time_scale)
         self.embed = nn.Conv2d(in_channels, dim, P, stride=P)
         # Where a token is: one vector for its row, one for its column
@@ -887,7 +867,7 @@ class LiquidPatch(nn.Module):
                        make_mixer(dim, d_state=d_state, expand=expand, headdim=headdim),
                        orders[13 * i % len(orders)], **block_options)
             for i in range(depth))
-        self.overview = Overview(dim, self.grid, overview)            # used before block depth // 2
+        self.overview = Overview(dim, self.grid, overview)            # used after half of them
         self.skips = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(depth // 2))
         self.norm = AdaLN(dim, cond_dim)
         self.refine = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)   # and fits them at the seams
@@ -897,33 +877,28 @@ class LiquidPatch(nn.Module):
         c = self.condition(t, y)                                      # (B, cond_dim)
         x = self.embed(x) + self.rows + self.columns                  # (B, d, H/P, W/P)
         x = to_tokens(x + self.stem(x))                               # (b, l, d), l = H/P * W/P
-        first_half = []                                               # what the skips will bring
-        for i, block in enumerate(self.blocks):
-            if i == len(self.blocks) // 2:
-                x = self.overview(x)
-            skip = i - (len(self.blocks) - len(self.skips))           # >= 0 in the second half
-            if skip >= 0:
-                x = full(self.skips[skip](torch.cat([x, first_half.pop()], dim=-1)))
+        blocks, half, skips = list(self.blocks), len(self.skips), []
+        for block in blocks[:half]:
             x = block(x, c)
-            if i < len(self.skips):
-                first_half.append(x)
+            skips.append(x)
+        x = self.overview(x)
+        for block in blocks[half:len(blocks) - half]:                 # one, if their number is odd
+            x = block(x, c)
+        for block, merge in zip(blocks[len(blocks) - half:], self.skips):
+            x = block(full(merge(torch.cat([x, skips.pop()], dim=-1))), c)
         x = to_grid(self.norm(x, c), *self.grid)                      # (B, d, H/P, W/P)
         x = self.head(x + self.refine(x))                             # (B, C P P, H/P, W/P)
         return F.pixel_shuffle(x, self.patch_size)                    # (B, C, H, W)
 
-
 class LiquidMamba(LiquidPatch):
     """The token model with CfC-scan-CfC blocks, made for latents: patches may be single cells."""
-
     block, least_patch, most_cells = MambaBlock, 1, 16
-
 
 # ------------------------------------------------------------------------------------------------
 # §10  Variants
 #
 # A table of shapes: arch -> variant -> options of its class (train.py has DEFAULTS for each name).
 # From "tiny" up they follow the three documents that this project started from; "nano" is ours.
-
 ARCHS = {"patch": LiquidPatch, "unet": LiquidUNet, "mamba": LiquidMamba}
 VARIANTS = {
     "patch": {
@@ -951,7 +926,6 @@ VARIANTS = {
     },
 }
 
-
 def create_model(arch, variant, image_size, in_channels=3, num_classes=0, **overrides):
     """A model by name; model.config rebuilds it: create_model(**model.config).
 
@@ -959,24 +933,23 @@ def create_model(arch, variant, image_size, in_channels=3, num_classes=0, **over
     any keyword of its class or block. ValueError for names, values and sizes that cannot be.
     """
     model_class = choose("arch", arch, ARCHS)
-    options = {**choose(f"variant of {arch}", variant, VARIANTS[arch]), **overrides}
-    known = {name: type(parameter.default) for part in (model_class, model_class.block)
+    config = {"in_channels": in_channels, "num_classes": num_classes, **overrides}
+    options = {**choose(f"variant of {arch}", variant, VARIANTS[arch]), **config}
+    known = {name: parameter.default for part in (model_class, model_class.block)
              for name, parameter in inspect.signature(part).parameters.items()
              if parameter.default is not parameter.empty}
     for name, value in options.items():
-        kind = choose(f"option of {arch}", name, known)
-        value = tuple(value) if isinstance(value, list) else value
-        if type(value) is not kind or value == ():
-            raise ValueError(f"option {name} takes {kind.__name__}, not {value!r}")
-        least = 0 if name in ("patch_size", "cfc_expand") else 1
-        if kind is not str and not all(type(v) is int and v >= least
-                                       for v in (value if kind is tuple else (value,))):
-            raise ValueError(f"option {name} takes whole numbers from {least} up, not {value!r}")
-    model = model_class(image_size, in_channels, num_classes, **options)
-    model.config = dict(arch=arch, variant=variant, image_size=image_size,
-                        in_channels=in_channels, num_classes=num_classes, **overrides)
+        kind = type(choose(f"option of {arch}", name, known))
+        least = 0 if name in ("patch_size", "cfc_expand", "num_classes") else 1
+        values = [value] if kind is not tuple else value if type(value) in (tuple, list) else ()
+        if not values or any(type(v) is not (str if kind is str else int) for v in values) or (
+                kind is not str and min(values) < least):
+            takes = {str: "a name", int: f"a whole number from {least} up",
+                     tuple: "whole numbers from 1 up"}[kind]
+            raise ValueError(f"option {name} takes {takes}, not {value!r}")
+    model = model_class(image_size, **options)
+    model.config = {"arch": arch, "variant": variant, "image_size": image_size, **config}
     return model
-
 
 # ------------------------------------------------------------------------------------------------
 # §11  Processes: how a picture turns into noise, and what the network learns from it
@@ -990,20 +963,39 @@ def create_model(arch, variant, image_size, in_channels=3, num_classes=0, **over
 #     rectified flow   alpha = 1 - t, sigma = t             learns velocity = noise - x0 = dx_t/dt
 #     VP diffusion     alpha^2 + sigma^2 = 1 (a table)      learns noise
 #
-# Many papers count the other way, t = 1 for data. Path, target and times turn round together or
-# not at all, so one class holds them.
+# Why does a flow draw pictures? Many pairs (x0, noise) pass through the same x at the same t, each
+# with its own velocity, and the network cannot know which of them it sees. The answer with the
+# least squared error is their mean, the average velocity:
+#
+#     v(x, t) = E[noise - x0 | x_t = x]
+#
+# Now let a crowd start as pure noise at t = 1 and walk back to t = 0, everyone by v. It ends as the
+# data, for at every t it is spread as the x_t are. To see that, take any smooth function phi:
+#
+#     d/dt E[phi(x_t)] = E[grad phi(x_t) . (noise - x0)] = E[grad phi(x_t) . v(x_t, t)]
+#
+# by the chain rule, and then the mean over all pairs that meet at each x. The right-hand side is
+# also how E[phi] changes for the crowd: same start, same changes, so the same spread.
+#
+# But nobody walks straight. Pairs go along straight lines, which cross; at a crossing there is only
+# one v, so the crowd's paths never cross: they bend. (To rewire lines that cross into paths that do
+# not is to "rectify" them.) A step goes straight, so it takes many. In numbers, for data N(0, 1/4)
+# of one dimension, where v(x, t) = x * (t - (1-t)/4) / ((1-t)^2/4 + t^2):
+#
+#     t                      1      3/4    1/2    1/4    0
+#     the path of v          1.000  0.760  0.559  0.451  0.500
+#     a straight line        1.000  0.875  0.750  0.625  0.500
+#     one step along v       1.000  0.750  0.500  0.250  0.000    from anywhere: to the mean
 #
 # What loss to expect? A new network answers 0, so its first velocity loss is the mean square of
 # noise - x0, 1 + E[x0^2] (noise knows nothing of x0, so no cross term), and its first noise loss is
-# 1. Neither can fall to 0: a noisy picture belongs to many clean ones; the best answer is a mean.
-
+# 1. Neither can fall to 0: what is left is how much the velocities at one x differ from their mean.
 class Process:
     """What processes share. t is (B,) in [0, 1], x0, noise and x_t are (B, C, H, W).
 
-    A subclass says alpha_sigma(t), target(x0, noise, t), split(x_t, t, output) -> (x0_hat,
+    A subclass defines alpha_sigma(t), target(x0, noise, t), split(x_t, t, output) -> (x0_hat,
     noise_hat), and whether its network `predicts` "velocity" (exactly dx_t/dt) or "noise".
     """
-
     def times(self, steps):
         """(steps,): the t at which a sampler asks the network: 1, ..., 1 / steps."""
         return torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1]
@@ -1026,13 +1018,11 @@ class Process:
         x0_hat, _ = self.split(x_t, t, output)
         return (error.mean() if reduction == "mean" else error), x0_hat, t
 
-
 class RectifiedFlow(Process):
     """The straight path x_t = (1 - t) * x0 + t * noise; the network predicts the velocity.
 
     Source: Liu et al. (2023), "Flow Straight and Fast" (there with t = 1 at the data).
     """
-
     predicts = "velocity"
     def alpha_sigma(self, t):
         """(1 - t, t), each (B,)."""
@@ -1047,7 +1037,6 @@ class RectifiedFlow(Process):
         t = per_picture(t, x_t)
         return x_t - t * output, x_t + (1 - t) * output
 
-
 class VPDiffusion(Process):
     """The variance-preserving process of DDPM; the network predicts the noise.
 
@@ -1055,9 +1044,7 @@ class VPDiffusion(Process):
     linear from beta_start to beta_end. So t = 0 is not quite data (alpha_bar[0] < 1), t = 1 not
     quite noise. Source: Ho et al. (2020), "Denoising Diffusion Probabilistic Models".
     """
-
     predicts = "noise"
-
     def __init__(self, num_timesteps=1000, beta_start=1e-4, beta_end=0.02):
         beta = torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
         self.num_timesteps = num_timesteps
@@ -1086,47 +1073,38 @@ class VPDiffusion(Process):
         return (x_t - sigma * output) / alpha, output
 
     def times(self, steps):
-        """(steps,): evenly spaced indices of the table, from T - 1 down, as t.
-
-        ValueError for more steps than indices.
-        """
+        """(steps,): evenly spaced indices of the table, T - 1 first, as t; ValueError for > T."""
         T = self.num_timesteps
         if steps > T:
             raise ValueError(f"{steps} steps, but this process has only {T}: ask for at most {T}")
         indices = torch.tensor([round(T - i * T / steps) - 1 for i in range(steps)])
         return indices.double() / max(T - 1, 1)
 
-
 # name -> class: the paths that a model can learn; t = 0 is data, t = 1 noise, and it never turns
 PROCESSES = {"flow": RectifiedFlow, "diffusion": VPDiffusion}
-
 
 # ------------------------------------------------------------------------------------------------
 # §12  Physics-informed penalties
 #
-# The name promises more than there is: a physics-informed loss proper punishes the residual of an
-# equation, and pictures obey none. These are image priors borrowed from physics: a smoothness
-# energy, a conserved quantity, a spectrum. Each looks at x0_hat, the picture that the network
-# believes in, and costs nothing once training is over.
+# The name promises too much: a physics-informed loss proper punishes the residual of an equation,
+# and pictures obey none. These are image priors borrowed from physics: a smoothness energy, a
+# conserved quantity, a spectrum. Each looks at x0_hat, the network's guess, in training only.
 #
-# They must stay weak. x0_hat at high noise is rightly a blur, the mean of all pictures that it could
-# be, and sharp gradients would be a worse answer. So every picture is weighted by alpha(t)^2, the
-# power of the picture in x_t, and the terms are warmed up.
-
+# They must stay weak. x0_hat at high noise is rightly a blur, the mean of all that it could be, and
+# what is true of those pictures (sharp edges) is not true of their mean: Jensen's gap. So every
+# picture is weighted by alpha(t)^2, its power in x_t, and the terms are warmed up.
 def picture_mean(x):
     """(B, ...) -> (B,): the mean over all but the first axis; 0 where there is nothing."""
     return full(x).flatten(1).sum(1) / max(x.shape[1:].numel(), 1)
-
 
 def total_variation(x):
     """mean|dx| + mean|dy|: (B, C, H, W) -> (B,).
 
     Rewards flat areas with sharp edges between them. Bias: washes out texture and fine lines, and
-    lowers contrast. Source: Rudin, Osher & Fatemi (1992), anisotropic form.
+    lowers contrast. Source: Rudin, Osher & Fatemi (1992); anisotropic: Esedoglu & Osher (2004).
     """
     dx, dy = x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
     return picture_mean(dx.abs()) + picture_mean(dy.abs())
-
 
 def laplacian_energy(x):
     """Mean square of the 5-point Laplacian on the interior: (B, C, H, W) -> (B,).
@@ -1137,7 +1115,6 @@ def laplacian_energy(x):
     around = x[..., :-2, 1:-1] + x[..., 2:, 1:-1] + x[..., 1:-1, :-2] + x[..., 1:-1, 2:]
     return picture_mean((around - 4 * inner).square())
 
-
 def gradient_loss(p, q):
     """mean|dx p - dx q| + mean|dy p - dy q|: two (B, C, H, W) -> (B,).
 
@@ -1145,7 +1122,6 @@ def gradient_loss(p, q):
     the absolute value prefers none to a soft one.
     """
     return total_variation(p - q)
-
 
 def intensity_loss(p, q):
     """(mean p - mean q)^2 for each channel, averaged: two (B, C, H, W) -> (B,).
@@ -1155,27 +1131,21 @@ def intensity_loss(p, q):
     """
     return picture_mean((p.mean((2, 3)) - q.mean((2, 3))).square())
 
-
 def spectral_loss(p, q):
     """Mean (log(P_p + 1e-4) - log(P_q + 1e-4))^2, P = |rfft2|^2 / (H W): two (B, C, H, W) -> (B,).
 
     Rewards as much detail at each scale as the original has. Bias: blind to where the detail is, so
-    noise of the right strength satisfies it. The 1e-4 keeps empty frequencies from dominating.
+    noise of the right strength satisfies it; and borders count, as to the transform the left one is
+    the right one's neighbour. The 1e-4 keeps empty frequencies from dominating.
     """
     def log_power(x):
         return torch.log(torch.fft.rfft2(full(x)).abs().square() / x.shape[2:].numel() + 1e-4)
     return picture_mean((log_power(p) - log_power(q)).square())
 
-
-# name -> term(x0_hat, x0) -> (B,), >= 0, any C, H, W; 0 for plain grey. Silent until it has a weight
+# name -> term(x0_hat, x0) -> (B,), >= 0, any C, H, W; 0 for plain grey. Off until it has a weight
 PHYSICS = {
-    "tv": lambda p, q: total_variation(p),
-    "laplacian": lambda p, q: laplacian_energy(p),
-    "gradient": gradient_loss,
-    "intensity": intensity_loss,
-    "spectral": spectral_loss,
-}
-
+    "tv": lambda p, q: total_variation(p), "laplacian": lambda p, q: laplacian_energy(p),
+    "gradient": gradient_loss, "intensity": intensity_loss, "spectral": spectral_loss}
 
 class PhysicsLoss:
     """The weighted sum of the penalties: (x0_hat, x0, signal, step) -> (total, parts).
@@ -1186,7 +1156,6 @@ class PhysicsLoss:
     weights: a dict of names in PHYSICS, ValueError for others. The idea of weighting by noise level
     is that of Bastek, Sun & Kochmann (2025), "Physics-Informed Diffusion Models".
     """
-
     DEFAULT = {"tv": 0.01, "spectral": 0.01, "gradient": 0.001, "intensity": 0.001,  # noqa: RUF012
                "laplacian": 0.0}    # 0: only watched
 
@@ -1205,7 +1174,6 @@ class PhysicsLoss:
         warmup = min(1, step / self.warmup_steps) if self.warmup_steps else 1
         return warmup * total, {name: value.detach().mean() for name, value in values.items()}
 
-
 # ------------------------------------------------------------------------------------------------
 # §13  Samplers: from noise to picture
 #
@@ -1214,8 +1182,10 @@ class PhysicsLoss:
 #
 #     Euler   x_s = x_t + (s - t) * v(x_t, t)                      error ~ 1 / steps
 #     Heun    the mean of the slopes at both ends of that step     error ~ 1 / steps^2, 2 calls each
-# Predicted noise is no slope. DDIM instead takes the answer apart into x0_hat and noise_hat and
-# mixes them anew for s (alpha_s is alpha(s)); some of the noise may be drawn afresh (eta > 0):
+#
+# Predicted noise is not a slope. DDIM takes the answer apart into x0_hat and noise_hat, and mixes
+# them anew for time s (alpha_s is alpha(s)). The noise in x_s must have the variance sigma_s^2; a
+# part of it, `variance`, may be fresh (eta > 0), and the rest is noise_hat:
 #
 #     x_s = alpha_s * x0_hat + sqrt(sigma_s^2 - variance) * noise_hat + sqrt(variance) * fresh noise
 #     variance = eta^2 * (sigma_s / sigma_t)^2 * (sigma_t^2 - (alpha_t / alpha_s)^2 * sigma_s^2)
@@ -1223,11 +1193,9 @@ class PhysicsLoss:
 # On the straight path with eta = 0 this IS the Euler step: (1 - s)(x - t v) + s(x + (1 - t) v)
 # = x + (s - t) v. All three take (model, process, noise, steps, y, cfg_scale, callback) and call
 # callback(i, x_t, x0_hat) once in every step before it is taken, i = 0 ... steps - 1.
-
 def everywhere(t, x):
     """The time t, a number, for every picture of x: (B,), at least float32."""
     return torch.full((len(x),), t, device=x.device, dtype=full(x).dtype)
-
 
 def guided(model, x, t, y, cfg_scale):
     """The network's answer for x (B, C, H, W) at t (B,), with classifier-free guidance.
@@ -1246,8 +1214,7 @@ def guided(model, x, t, y, cfg_scale):
         unconditional, conditional = both.chunk(2)
     else:                             # a plain function, whose null label is not known: two passes
         unconditional, conditional = model(x, t, None), model(x, t, y)
-    return torch.lerp(unconditional, conditional, cfg_scale)
-
+    return torch.lerp(unconditional, conditional, cfg_scale)    # the formula above
 
 def walk(process, steps, follows=("velocity", "noise")):
     """[(0, t, s), (1, t, s), ...]: the steps from t = 1 to 0, each from t to the next time s.
@@ -1261,7 +1228,6 @@ def walk(process, steps, follows=("velocity", "noise")):
                          f"{process.predicts}: use ddim")
     times = [*process.times(steps).tolist(), 0.0]
     return list(zip(range(steps), times, times[1:]))
-
 
 @torch.no_grad()
 def euler_sample(model, process, noise, steps, y=None, cfg_scale=1.0, callback=None):
@@ -1277,7 +1243,6 @@ def euler_sample(model, process, noise, steps, y=None, cfg_scale=1.0, callback=N
         x = x + (s - t) * velocity
     return x
 
-
 @torch.no_grad()
 def heun_sample(model, process, noise, steps, y=None, cfg_scale=1.0, callback=None):
     """As euler_sample, but by Heun steps, the explicit trapezoidal rule (two calls each)."""
@@ -1290,33 +1255,33 @@ def heun_sample(model, process, noise, steps, y=None, cfg_scale=1.0, callback=No
         x = x + (s - t) * (velocity + guided(model, x_s, everywhere(s, x), y, cfg_scale)) / 2
     return x
 
-
 @torch.no_grad()
 def ddim_sample(model, process, noise, steps, y=None, cfg_scale=1.0, callback=None, eta=0.0,
                 generator=None, clip=None):
     """noise (B, C, H, W) -> x0, by `steps` DDIM steps, for either process.
 
     eta 0: no new noise; eta 1: as much as DDPM's sampler draws, from `generator` (or a list, one a
-    picture), which must not start as noise's did. clip: the largest |x0_hat| that is believed, 1 for
-    pictures: at small alpha a little error in the predicted noise is a huge one in x0_hat, and stays.
+    picture), which must not start as noise's did. clip: larger values of |x0_hat| are cut to it; 1
+    for pictures. At small alpha a little error in the predicted noise is a huge one in x0_hat.
     ValueError for steps and eta. Source: Song et al. (2021), "Denoising Diffusion Implicit Models".
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie between 0 (no new noise) and 1 (DDPM), not {eta}")
     x, path = noise, walk(process, steps)
-    alpha, sigma = (v.tolist() for v in process.alpha_sigma(process.times(steps)))
-    alpha, sigma = alpha + [1.0], sigma + [0.0]        # end at the picture, whatever t = 0 is
-    for i, t, _ in path:                               # s is time i + 1
+    alphas, sigmas = (v.tolist() for v in process.alpha_sigma(process.times(steps)))
+    alphas, sigmas = alphas + [1.0], sigmas + [0.0]    # end at the picture, whatever t = 0 is
+    for i, t, _ in path:
+        (alpha_t, alpha_s), (sigma_t, sigma_s) = alphas[i:i + 2], sigmas[i:i + 2]
         output = guided(model, x, everywhere(t, x), y, cfg_scale)
         x0_hat, noise_hat = process.split(x, everywhere(t, x), output)
         if clip is not None:
             x0_hat = x0_hat.clamp(-clip, clip)
-            noise_hat = (x - alpha[i] * x0_hat) / sigma[i]    # both must still add up to x
+            noise_hat = (x - alpha_t * x0_hat) / sigma_t    # both must still add up to x
         if callback:
             callback(i, x, x0_hat)
-        added = sigma[i] ** 2 - (alpha[i] / alpha[i + 1] * sigma[i + 1]) ** 2
-        variance = (eta * sigma[i + 1] / sigma[i]) ** 2 * added    # between s and t
-        x = alpha[i + 1] * x0_hat + math.sqrt(max(0.0, sigma[i + 1] ** 2 - variance)) * noise_hat
+        added = sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2    # noise that came in from s to t
+        variance = (eta * sigma_s / sigma_t) ** 2 * added
+        x = alpha_s * x0_hat + math.sqrt(max(0.0, sigma_s**2 - variance)) * noise_hat
         if variance > 0:
             each = generator if isinstance(generator, list) else [generator]
             fresh = [torch.randn(len(x) // len(each), *x.shape[1:], generator=g, dtype=x.dtype,
@@ -1324,35 +1289,65 @@ def ddim_sample(model, process, noise, steps, y=None, cfg_scale=1.0, callback=No
             x = x + math.sqrt(variance) * torch.cat(fresh).to(x.device)
     return x
 
-
 # What the tests hold each to: order of convergence, calls of the model a step, what it can follow
 euler_sample.order, euler_sample.calls, euler_sample.follows = 1, 1, ["velocity"]
 heun_sample.order, heun_sample.calls, heun_sample.follows = 2, 2, ["velocity"]
 ddim_sample.order, ddim_sample.calls, ddim_sample.follows = 1, 1, ["velocity", "noise"]
 SAMPLERS = {"euler": euler_sample, "heun": heun_sample, "ddim": ddim_sample}  # by name
 
+# Reflow: fewer steps. Bends cost steps, and come from pairs whose lines cross (§11), as each noise
+# was given a picture by chance. But the flow leads every noise to a picture of its own, by paths
+# that do not cross. These pairs have the same two ends, noise and (nearly) data, and a second flow,
+# trained on their straight lines (train.py --reflow), has little left to bend:
+#
+#     pairs by chance        the flow               its own pairs          a flow of these
+#     noise -.     .- x0     noise -.   .- z0       noise --------- z0     noise ----=---- z0
+#              > <                   )=(
+#     noise -'     '- x0     noise -'   '- z0       noise --------- z0     noise ----=---- z0
+#
+# On a path where v never changes one step is exact: z1 - v(z1, 1) = z0. How far is it from that?
+#
+#     S = mean over t of |(z1 - z0) - v(z_t, t)|^2,    z_t the path from noise z1 to picture z0
+#
+# z1 - z0 is the mean of v along the path, so S is the variance of v around it.
+@torch.no_grad()
+def straightness(model, process, noise, steps, y=None):
+    """S, () >= 0: along the Euler paths from noise (B, C, H, W), a mean over pictures and numbers.
+
+    0 if and only if the velocity is constant along each. ValueError for steps < 2, as one step is
+    always straight, and unless process is a RectifiedFlow. Source: Liu et al. (2023), their S(Z).
+    """
+    if steps < 2 or not isinstance(process, RectifiedFlow):
+        raise ValueError(f"straightness is of a RectifiedFlow in at least 2 steps, not of "
+                         f"{type(process).__name__} in {steps}")
+    z, velocities = noise, []
+    for _, t, s in walk(process, steps):
+        velocities.append(full(model(z, everywhere(t, z), y)))
+        z = z + (s - t) * velocities[-1]
+    return torch.stack([(noise - z - v).square().mean() for v in velocities]).mean()
 
 # ------------------------------------------------------------------------------------------------
 # §14  EMA and checkpoints
-
+#
+# The weights of the last step jitter with the pictures that it happened to see. Their average over
+# many steps is calmer, and what pictures are drawn from.
 class EMA:
-    """A running average of a model's weights: calmer than the weights, and better to sample from.
+    """A running average of a model's weights (exponential moving average).
 
-    .update(model) after every step; .model is the average. The decay grows with the number n of
-    updates so far, min(decay, (1 + n) / (10 + n)): a fixed 0.9999 would remember the random start
-    for 10,000 steps, and sample noise.
+        average = average + (1 - decay) * (weight - average)           after every step
+
+    .update(model) does that, and .model is the average. After n updates the decay is min(decay,
+    (1 + n) / (10 + n)): a fixed 0.9999 would remember the random start for 10,000 steps.
     """
-
     def __init__(self, model, decay):
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay, self.updates = decay, 0
 
     @torch.no_grad()
     def update(self, model, finite=True):
-        """average + (1 - decay) * (weight - average) for all weights; buffers are copied.
+        """The formula, for all weights; not if `finite`, a bool or a tensor (), is false.
 
-        finite: False, or a tensor () that is, keeps the average; nobody waits for a GPU to tell. All
-        weights at once are a few launches there, not one for each.
+        _foreach: for all weights at once, a few launches on a GPU instead of one for each.
         """
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
@@ -1363,7 +1358,7 @@ class EMA:
         for average, value in zip(self.model.buffers(), model.buffers()):
             average.copy_(value)
 
-
+# From here on plumbing: files that are written whole or not at all and read safely, an autoencoder.
 def write_whole(path, fill):
     """fill(file), on a temporary file that is then renamed: all of the new file, or the old one."""
     path = Path(path).resolve()    # where a link leads to
@@ -1377,13 +1372,11 @@ def write_whole(path, fill):
     finally:
         temporary.unlink(missing_ok=True)
 
-
 def save_checkpoint(path, state):
     """Saves a state of tensors, numbers, strings, lists and dicts, whole or not at all."""
     whole = io.BytesIO()    # torch.save reports a full disk obscurely, a plain write plainly
     torch.save(state, whole)
     write_whole(path, lambda file: file.write(whole.getbuffer()))
-
 
 def load_checkpoint(path):
     """The state that save_checkpoint (or torch.save) wrote, on the CPU.
@@ -1393,14 +1386,11 @@ def load_checkpoint(path):
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: there is no such file") from None
-    except (IsADirectoryError, NotADirectoryError, PermissionError):
-        raise
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError):
+        raise    # they say so themselves
     except Exception as error:    # noqa: BLE001 - torch reports damage as many different types
         raise ValueError(f"{path}: refused ({type(error).__name__}): it is damaged, cut short, or "
                          "holds more than the plain data that torch.save writes") from None
-
 
 # ------------------------------------------------------------------------------------------------
 # §15  TAESD: pictures as small latents
@@ -1420,24 +1410,22 @@ TAESD_FILES = {    # name -> git blob ids of its encoder and its decoder at that
     "taef2": "8d738aba02f7ba9d156712489322dc5c43d5db1c f4da1ec48cb805b5ee8deb22cfad03f48fe52f64",
 }
 
+def conv(dim_in=64, dim_out=64, **options):
+    """A 3x3 convolution that keeps the sides, but for stride 2."""
+    return nn.Conv2d(dim_in, dim_out, 3, padding=1, **options)
 
 class TAESDBlock(nn.Module):
     """x -> ReLU(three convolutions(x) + x), (B, 64, H, W); pooled (taef2): first x + pool(x)."""
-
     def __init__(self, pooled=False):
         super().__init__()
-        self.conv = nn.Sequential(
-            nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(),
-            nn.Conv2d(64, 64, 3, padding=1))
+        self.conv = nn.Sequential(conv(), nn.ReLU(), conv(), nn.ReLU(), conv())
         self.pool = nn.Sequential(
             nn.Conv2d(64, 256, 1, bias=False), nn.GroupNorm(4, 256), nn.ReLU(),
             nn.Conv2d(256, 64, 1, bias=False)) if pooled else None
 
     def forward(self, x):
-        if self.pool is not None:
-            x = x + self.pool(x)
+        x = x + self.pool(x) if self.pool else x
         return F.relu(self.conv(x) + x)
-
 
 class TAESD(nn.Module):
     """The tiny autoencoder: pictures (B, 3, H, W) <-> latents (B, latent_channels, H/8, W/8).
@@ -1446,22 +1434,18 @@ class TAESD(nn.Module):
     keys of encoder.state_dict() and decoder.state_dict() are those of the published files. Weights
     are frozen. Source: Ollin Boer Bohan, github.com/madebyollin/taesd.
     """
-
     def __init__(self, latent_channels=4, pooled=None):
         super().__init__()
         self.latent_channels = latent_channels
         pooled = latent_channels == 32 if pooled is None else pooled
-
-        def conv(dim_in=64, dim_out=64, **options):
-            return nn.Conv2d(dim_in, dim_out, 3, padding=1, **options)
         def blocks(pooled=False):
             return [TAESDBlock(pooled) for _ in range(3)]
+        def half():
+            return conv(stride=2, bias=False)
         def double():
             return [nn.Upsample(scale_factor=2), conv(bias=False)]
-
         self.encoder = nn.Sequential(
-            conv(3), TAESDBlock(), conv(stride=2, bias=False), *blocks(),
-            conv(stride=2, bias=False), *blocks(), conv(stride=2, bias=False), *blocks(pooled),
+            conv(3), TAESDBlock(), half(), *blocks(), half(), *blocks(), half(), *blocks(pooled),
             conv(64, latent_channels))
         self.decoder = nn.Sequential(             # latents were within [-3, 3] in its training
             ScaledTanh(3, 1 / 3), conv(latent_channels), nn.ReLU(), *blocks(pooled), *double(),
@@ -1486,19 +1470,13 @@ class TAESD(nn.Module):
         float16 files become float32. FileNotFoundError or ValueError, naming the file, for one that
         is missing, damaged or made for something else; nothing inside a file is ever executed.
         """
-        found, channels = [], []
-        for path, key, axis in (encoder_path, "14.weight", 0), (decoder_path, "1.weight", 1):
-            weights = load_checkpoint(path)
-            if not isinstance(weights, dict) or getattr(weights.get(key), "ndim", 0) != 4:
-                raise ValueError(f"{path}: not this half of a TAESD (no convolution {key})")
-            found.append(weights)
-            channels.append(weights[key].shape[axis])
-        if channels[0] != channels[1]:
-            raise ValueError(f"{decoder_path}: made for {channels[1]} latent channels, but "
-                             f"{encoder_path} makes {channels[0]}")
-        taesd = cls(channels[0], pooled=any(".pool." in str(key) for key in found[0]))
-        for path, weights, module in zip((encoder_path, decoder_path), found,
-                                         (taesd.encoder, taesd.decoder)):
+        encoder, decoder = load_checkpoint(encoder_path), load_checkpoint(decoder_path)
+        last = encoder.get("14.weight") if isinstance(encoder, dict) else None
+        if getattr(last, "ndim", 0) != 4:
+            raise ValueError(f"{encoder_path}: not a TAESD's encoder (no convolution 14.weight)")
+        taesd = cls(len(last), pooled=any(".pool." in str(key) for key in encoder))
+        for path, weights, module in ((encoder_path, encoder, taesd.encoder),
+                                      (decoder_path, decoder, taesd.decoder)):
             try:
                 module.load_state_dict({key: value.float() for key, value in weights.items()})
             except (RuntimeError, AttributeError) as error:
@@ -1533,60 +1511,81 @@ class TAESD(nn.Module):
                 write_whole(path, lambda file, data=data: file.write(data))
         return cls.load(*paths)
 
-
 # ------------------------------------------------------------------------------------------------
 # §16  The tour: python liquidflow.py
-
-# What our sources claim for each variant, and at which size
+#
+# CLAIMS: the sizes that our sources claim for each variant, and at how many pixels
 CLAIMS = {
     "patch tiny": ("5.9M", 128), "patch small": ("13.7M", 128), "patch base": ("37.6M", 256),
     "patch 512": ("38.1M", 512), "unet tiny": ("8M, 23M", 256), "unet small": ("25M, 69M", 256),
     "unet base": ("65M, 154M", 512), "unet large": ("120M", 512), "mamba tiny": ("2M", 16),
     "mamba small": ("8M", 16), "mamba base": ("30M", 16)}
 
-
 def tour():
-    """Prints shapes and measured errors in the order of the sections, then the variants."""
+    """Walks through the sections, and computes the examples that stand in their comments."""
     torch.manual_seed(0)
     def gap(a, b):
         return f"{(a - b).abs().max().item():.1e}"
-    t, x, c = torch.rand(4), torch.randn(4, 48, 8, 8), torch.randn(4, 64)
-    print(f"§2  time {tuple(t.shape)} -> embedding {tuple(SinusoidalTimeEmbedding(64)(t).shape)}")
+    def row(values):
+        return " ".join(f"{v:.3g}" for v in torch.as_tensor(values).flatten().tolist())
+    x, c, t = torch.randn(4, 48, 8, 8), torch.randn(4, 64), torch.tensor([1.0, 0.501, 0.5, 0.0])
+    print(f"§1  per_picture: {tuple(t.shape)} -> {tuple(per_picture(t, x).shape)}, to multiply x")
+    print(f"§2  t = 0.5 and 0.501 as clock hands: {gap(*sinusoidal(t[1:3], 64))} apart, not 0.001")
     print(f"§3  new AdaLN - norm: {gap(AdaLN(48, 64)(x, c), F.group_norm(x, 24, eps=1e-6))}")
-    x0, f, A, tau, time = (torch.rand(100, dtype=torch.float64) + 0.5 for _ in range(5))
-    exact = ltc_closed_form(x0, f, A, tau, time)
-    errors = [gap(ltc_ode(x0, f, A, tau, time, steps), exact) for steps in (4, 8, 16)]
-    print(f"§4  LTC by 4, 8, 16 Runge-Kutta steps against the closed form: {', '.join(errors)}")
+    neuron = torch.tensor([0, 1, 2, 1, 1], dtype=torch.float64)          # x0, f, A, tau and t
+    errors = [gap(ltc_ode(*neuron, steps), ltc_closed_form(*neuron)) for steps in (4, 8, 16)]
+    print(f"§4  LTC in 4, 8, 16 Runge-Kutta steps, error: {', '.join(errors)}, each a 16th")
     state = CfCCell(3, 5)(1e6 * torch.randn(4, 3), torch.randn(4, 5), t)
-    print(f"    CfC cell, inputs around 1e6: |state| up to {state.abs().max():.3f}, never above 1")
-    shapes = (4, 8), (4,), (2, 16), (2, 16)                   # of x, log_decay, Bm, Cm at a token
-    inputs = [torch.randn(2, 300, *shape, dtype=torch.float64) for shape in shapes]
-    inputs[1] = -inputs[1].abs()
-    y, _ = ssd_sequential(*inputs)
-    print(f"§5  x {tuple(inputs[0].shape)} -> y {tuple(y.shape)}")
-    for name, form in (("quadratic", ssd_quadratic), ("chunked", ssd_chunked)):
-        print(f"    {name} form against the recurrence: {gap(form(*inputs)[0], y)}")
+    print(f"    CfC cell, inputs around 1e6: |state| up to {state.abs().max():.3f}, never above 1\n"
+          f"    ts = 1/4, 1, 4 keep alpha = {row(0.5 ** torch.tensor([0.25, 1, 4]))} of x")
+    x, ones = torch.tensor([1.0, 2, 3]).view(1, 3, 1, 1), torch.ones(1, 3, 1, 1)
+    three = x, torch.full((1, 3, 1), math.log(0.5)), ones, ones
+    for name, y in (("loop", ssd_sequential(*three)), ("matrix", ssd_quadratic(*three)),
+                    ("chunks", ssd_chunked(*three, chunk_size=2))):
+        print(f"§5  x = 1 2 3, decay 1/2, by {name:<6}: y = {row(y[0])}")
+    inputs = [torch.rand(2, 300, *s, dtype=torch.float64) for s in ((4, 8), (4,), (2, 16), (2, 16))]
+    inputs[1] = -inputs[1]
+    y = ssd_sequential(*inputs)[0]
+    print(f"    300 random tokens: matrix - loop {gap(ssd_quadratic(*inputs)[0], y)}, "
+          f"chunks - loop {gap(ssd_chunked(*inputs)[0], y)}, rounding")
     u, mixer = torch.randn(2, 50, 32), Mamba2(32, headdim=16)
-    moved = gap(mixer(torch.cat([u[:, :30], u[:, 30:] + 1], dim=1))[:, :30], mixer(u)[:, :30])
-    print(f"§6  Mamba-2 {tuple(u.shape)}: a change at token 30 moves the tokens before by {moved}")
-    print(f"§7  two of the eight zigzags over 2 x 3 cells: {zigzag_orders(2, 3)[:2].tolist()}")
-    model, pictures = create_model("patch", "nano", 32), torch.rand(64, 3, 32, 32) * 2 - 1
-    first = {name: process().loss(model, pictures)[0] for name, process in PROCESSES.items()}
-    print(f"§11 first losses of a new model: flow {first['flow']:.3f} (1 + E[x0^2] = "
-          f"{1 + pictures.square().mean():.3f}), diffusion {first['diffusion']:.3f} (1)")
-    values = {name: term(pictures, 0 * pictures).mean().item() for name, term in PHYSICS.items()}
-    print("§12 uniform noise: " + ", ".join(f"{name} {v:.3f}" for name, v in values.items()))
-
-    # For data that are Gaussian, N(0, 1/4), the best velocity is linear in x_t and the path can be
-    # written down: it ends at noise / 2. A sampler can be tested without a network.
+    other = torch.cat([u[:, :30], torch.randn(2, 20, 32)], dim=1)
+    moved = gap(mixer(u)[:, :30], mixer(other)[:, :30])
+    print(f"§6  Mamba-2: a change from token 30 on moves those before by {moved}: it is causal")
+    for name, order in zip(("top left, rows", "top left, columns", "bottom left, rows"),
+                           zigzag_orders(2, 3)[[0, 1, 4]]):
+        print(f"§7  2 x 3 from {name:<17}  order {row(order)}  inverse {row(inverse_order(order))}")
+    pictures = torch.rand(64, 3, 32, 32) * 2 - 1
+    for section, arch in ("§8 ", "unet"), ("§9 ", "patch"):
+        model = create_model(arch, "nano", 32)
+        flow, diffusion = (process().loss(model, pictures)[0] for process in PROCESSES.values())
+        print(f"{section} new {arch} nano, first losses: flow {flow:.3f} (§11: 1 + E[x0^2] = "
+              f"{1 + pictures.square().mean():.3f}), diffusion {diffusion:.3f} (1)")
+    # For data N(0, 1/4) the best velocity is known (§11), and paths end at noise / 2
     def velocity(x, t, y=None):
         t = per_picture(t, x)
         return x * (t - (1 - t) / 4) / ((1 - t) ** 2 / 4 + t**2)
-    noise, flow = torch.randn(2, 3, 4, 4).double(), RectifiedFlow()
+    flow, one, path = RectifiedFlow(), torch.ones(1, 1, 1, 1, dtype=torch.float64), []
+    euler_sample(velocity, flow, one, 4000, callback=lambda i, x, _: path.append(x))
+    print(f"§11 data N(0, 1/4): from 1 v leads over {row(torch.cat(path[1000::1000]))} to 0.5, a "
+          f"curve; one step leads to {row(euler_sample(velocity, flow, one, 1))}, the mean")
+    values = {name: row(term(pictures, 0 * pictures).mean()) for name, term in PHYSICS.items()}
+    print(f"§12 penalties of noise taken for grey: {', '.join(map(' '.join, values.items()))}")
+    noise = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     for name, sampler in SAMPLERS.items():
         errors = [gap(sampler(velocity, flow, noise, steps), noise / 2) for steps in (16, 32, 64)]
-        print(f"§13 {name:<5} in 16, 32, 64 steps, error: {', '.join(errors)}")
-    print("\nvariant        size  parameters  claimed")
+        print(f"§13 {name:<5} 16, 32, 64 steps, error: {', '.join(errors)}: order {sampler.order}")
+    for data, *flows in (    # v before and after; for data -1 or 1, E[x0 | x_t] is a tanh
+            ("N(0, 1/4)", velocity, lambda x, t, y: x / (1 + t[0])),
+            ("-1 or 1", lambda x, t, y: (x - torch.tanh((1 - t[0]) * x / t[0] ** 2)) / t[0],
+             lambda x, t, y: (x - x.sign()) / t[0])):
+        before, after = (straightness(v, flow, noise, 50) for v in flows)
+        print(f"    straightness, data {data:<9}: {before:.3f}, after an exact reflow {after:.3f}")
+    ema = EMA(mixer, 0.999)
+    ema.update(zeroed(copy.deepcopy(mixer)))
+    print(f"§14 the first average keeps {row((ema.model.D / mixer.D)[0])} of the random start")
+    print(f"§15 TAESD: pictures (64, 3, 32, 32) -> latents {tuple(TAESD().encode(pictures).shape)}")
+    print("\n§10 variant    size  parameters  claimed")
     for arch, variants in VARIANTS.items():
         for variant in variants:
             claim, size = CLAIMS.get(f"{arch} {variant}", ("new here", 32))
@@ -1594,7 +1593,6 @@ def tour():
                 model = create_model(arch, variant, size, 4 if arch == "mamba" else 3)
             count = sum(p.numel() for p in model.parameters())
             print(f"{arch + ' ' + variant:<13} {size:>5} {count:>11,}  {claim}")
-
 
 if __name__ == "__main__":
     tour()

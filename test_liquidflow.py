@@ -544,6 +544,17 @@ def operations(function, l):
     return counter.get_total_flops()
 
 
+@pytest.mark.parametrize("p, n", [(64, 64), (32, 16), (64, 16)])
+def test_a_head_holds_least_with_chunks_of_sqrt_p_n(p, n, monkeypatch):
+    held = {q: 4096 * q + 4096 / q * p * n for q in (2**i for i in range(1, 11))}    # M's and states
+    best = min(held, key=held.get)
+    assert best / (p * n) ** 0.5 == pytest.approx(1, abs=0.5)
+    chosen, between = [], lf.Between.apply
+    monkeypatch.setattr(lf.Between, "apply", lambda a, dtype: chosen.append(a.shape[-1]) or between(a, dtype))
+    lf.ssd_chunked(*(normal(0, 1, 4096, *s) for s in ((1, p), (1,), (1, n), (1, n))))
+    assert 0.5 < chosen[0] / best <= 2
+
+
 def test_the_matrix_costs_l_squared_and_chunks_cost_l():
     for function, power in (lf.ssd_quadratic, 2), (lf.ssd_chunked, 1):
         growth = operations(function, 2048) / operations(function, 512)
@@ -936,10 +947,15 @@ def test_unets_from_tiny_up_are_those_of_their_source():
     (("patch", "nano", 32), {"patch_size": 5}, "side 160"),
     (("mamba", "tiny", 39), {}, "side 16"), (("patch", "nano", 0), {}, "positive"),
     (("patch", "nano", (32, 32, 32)), {}, "positive"), (("patch", "nano", 32), {"wings": 2}, "dim"),
-    (("patch", "nano", 32), {"dim": "wide"}, "int"),
+    (("patch", "nano", 32, 0), {}, "in_channels"), (("unet", "nano", 32, 2.5), {}, "in_channels"),
+    (("patch", "nano", 32, 3, -1), {}, "num_classes"), (("unet", "nano", 32, 3, "3"), {}, "num_classes"),
+    (("patch", "nano", 32, 3, True), {}, "num_classes"), (("patch", "nano", 32), {"cfc_expand": -1}, "from 0 up"),
+    (("unet", "nano", 32), {"channels": (8, 0.5, 8)}, "whole numbers"), (("unet", "nano", 32), {"channels": ()}, "whole"),
+    (("unet", "nano", 32), {"channels": 8}, "whole numbers"),
+    (("patch", "nano", 32), {"dim": "wide"}, "whole number from 1 up"),
     (("patch", "nano", 32), {"depth": 0}, "from 1 up"),
     (("patch", "nano", 32), {"scan": "nowhere"}, "zigzag"),
-    (("patch", "nano", 32), {"mixer": 3}, "str"),
+    (("patch", "nano", 32), {"mixer": 3}, "a name"),
     (("unet", "nano", 32), {"channels": (8, 8)}, "same length"),
     (("patch", "nano", 32), {"dim": 17}, "headdim"),
     (("unet", "nano", 32), {"kernel_size": 2}, "odd")])
@@ -992,6 +1008,43 @@ def test_a_velocity_is_the_slope_of_the_path(path):
         t = torch.full((2,), t, dtype=torch.float64).requires_grad_()
         slope, = torch.autograd.grad(process.interpolate(x0, noise, t)[0, 0, 0, 0], t)
         assert_close(slope[0], process.target(x0, noise, t)[0, 0, 0, 0])
+
+
+@given(seeds, st.floats(0.02, 0.98))
+def test_the_average_velocity_carries_noise_to_data(seed, t):
+    """§11's argument, on data of five points in the plane, whose average velocity is a finite sum."""
+    data, process = normal(seed, 5, 2), lf.RectifiedFlow()
+
+    def weights(x, t):    # how likely each point is, (n, 5), if x (n, 2) was seen
+        return F.softmax(-((x[:, None] - (1 - t) * data) / t).square().sum(-1) / 2, dim=1)
+
+    def v(x, t):          # E[noise - x0 | x_t = x], noise = (x - (1 - t) x0) / t
+        return ((x[:, None] - data) / t * weights(x, t)[..., None]).sum(1)
+
+    # The right-hand side is the mean over pairs of the left one: for phi(x) = cos(k . x + 1)
+    n, k = 200_000, normal(seed + 1, 2)
+    x0 = data[torch.randint(5, (n,), generator=torch.Generator().manual_seed(seed))]
+    noise = normal(seed + 2, n, 2)
+    x_t = process.interpolate(x0, noise, torch.full((n,), t, dtype=torch.float64))
+    slope = -torch.sin(x_t @ k + 1)[:, None] * k                                     # grad phi
+    difference = (slope * (process.target(x0, noise, t) - v(x_t, t))).sum(1)
+    assert abs(difference.mean()) < 5 * difference.std() / n**0.5 + 1e-12
+
+
+def test_a_crowd_that_follows_the_average_velocity_ends_as_the_data():
+    data = torch.tensor([[-1.0], [0.25], [1.0]]).double()    # half, a quarter, a quarter of them
+    share = torch.tensor([0.5, 0.25, 0.25]).double()
+
+    def v(x, t, y=None):
+        x, t = x.flatten(1), t[:, None]
+        near = F.softmax(share.log() - ((x - (1 - t) * data.T) / t).square() / 2, dim=1)    # (n, 3)
+        return ((x - near @ data) / t).view(-1, 1, 1, 1)
+    noise = torch.special.ndtri((torch.arange(4000).double() + 0.5) / 4000).view(-1, 1, 1, 1)
+    ends = lf.euler_sample(v, lf.RectifiedFlow(), noise, 400).flatten()
+    nearest = (ends[:, None] - data.T).abs().argmin(1)
+    assert_close(nearest.bincount().double() / 4000, share, rtol=0, atol=0.01)
+    assert (ends - data[nearest, 0]).abs().quantile(0.98) < 0.02
+    assert (ends.diff() >= 0).all()    # paths do not cross: on a line they keep their order
 
 
 @given(st.integers(2, 1200), st.floats(0, 1))
@@ -1323,6 +1376,56 @@ def test_samplers_refuse_what_they_cannot_do():
         lf.ddim_sample(zero, flow, noise, 5, eta=1.5)
     with pytest.raises(ValueError, match="1000"):
         lf.ddim_sample(zero, diffusion, noise, 1001)
+
+
+def gaussian_reflown(x, t, y=None):
+    """The velocity of a flow on the pairs (noise, SPREAD * noise), which is what §13's Euler made."""
+    t = lf.per_picture(t, x)
+    return (1 - SPREAD) * x / (SPREAD + (1 - SPREAD) * t)
+
+
+@given(seeds, st.integers(2, 40))
+def test_straightness_is_the_variance_of_the_velocity_along_each_path(seed, steps):
+    noise, seen = normal(seed, 3, 2, 3, 3), []
+
+    def model(x, t, y=None):
+        seen.append(rough_velocity(x, t))
+        return seen[-1]
+    S = lf.straightness(model, lf.RectifiedFlow(), noise, steps)
+    assert S.shape == () and S > 0 and len(seen) == steps
+    assert_close(S, torch.stack(seen).var(0, correction=0).mean())
+    ends = lf.euler_sample(rough_velocity, lf.RectifiedFlow(), noise, steps)
+    by_hand = [(noise - ends - v).square().mean() for v in seen]
+    assert_close(S, sum(by_hand) / steps)
+
+
+def test_straightness_is_0_where_one_step_is_enough_and_only_there():
+    noise, flow, point = normal(0, 4, 3, 5, 5), lf.RectifiedFlow(), normal(1, 3, 5, 5)
+    for name, v, end in (("one point", lambda x, t, y: (x - point) / lf.per_picture(t, x), point.expand_as(noise)),
+                         ("reflown", gaussian_reflown, SPREAD * noise)):
+        assert lf.straightness(v, flow, noise, 30) < 1e-20, name
+        assert_close(lf.euler_sample(v, flow, noise, 1), end)
+    bent = gaussian_answer(flow)    # v = sd'(t) * noise with sd = sqrt((1-t)^2 / 4 + t^2)
+    t = (torch.arange(20_000).double() + 0.5) / 20_000
+    slope = (t - SPREAD**2 * (1 - t)) / ((1 - t) ** 2 * SPREAD**2 + t**2).sqrt()
+    exact = slope.var(correction=0) * noise.square().mean()
+    for steps, tolerance in (100, 0.05), (1000, 0.005):
+        assert_close(lf.straightness(bent, flow, noise, steps), exact, rtol=tolerance, atol=0)
+    assert (lf.euler_sample(bent, flow, noise, 1) - SPREAD * noise).abs().max() > 0.5    # ends at 0
+
+
+def test_straightness_tells_labels_and_leaves_the_model_as_it_was():
+    model = tiny_model("patch", num_classes=3).train()
+    noise = normal(0, 4, 3, 16, 16)
+    with_labels, without = (lf.straightness(model, lf.RectifiedFlow(), noise, 3, y)
+                            for y in (torch.tensor([0, 1, 2, 0]), None))
+    assert with_labels != without and not with_labels.requires_grad and model.training
+
+
+@pytest.mark.parametrize("process, steps", [(lf.RectifiedFlow, 1), (lf.RectifiedFlow, 0), (lf.VPDiffusion, 5)])
+def test_straightness_is_refused_where_it_means_nothing(process, steps):
+    with pytest.raises(ValueError, match="RectifiedFlow in at least 2 steps"):
+        lf.straightness(gaussian_reflown, process(), torch.zeros(1, 1, 2, 2), steps)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2433,14 +2536,38 @@ def test_names_in_a_checkpoint_cannot_write_to_the_terminal(trained, here, capsy
 def test_the_tour_runs_and_importing_prints_nothing(tmp_path):
     code, out, err = script("liquidflow.py", cwd=tmp_path)
     assert code == 0 and err == ""
-    for section in ("§2", "§5", "§13"):
-        assert section in out
+    for section in range(1, 16):
+        assert f"§{section} " in out
+    # It computes the examples that stand in comments, and they are what the comments say
+    text = (ROOT / "liquidflow.py").read_text()
+    y = [line for line in out.splitlines() if line.startswith("§5")]
+    assert len(y) == 3 and all(line.endswith("y = 1 2.5 4.25") for line in y)
+    assert "1/2 * 1 + 2 = 2.5,    1/2 * 2.5 + 3 = 4.25" in text
+    for order in lf.zigzag_orders(2, 3)[[0, 1, 4]]:
+        assert str(order.tolist()) in text and f"order {' '.join(map(str, order.tolist()))} " in out
+    assert "inverse 5 4 3 0 1 2" in out and "[5, 4, 3, 0, 1, 2]" in text
+    assert "alpha = 0.841 0.5 0.0625 of x" in out and "alpha    0.84   0.50   0.06 " in text
+    assert "over 0.76 0.559 0.451 to 0.5, a curve; one step leads to 0, the mean" in out
+    assert "1.000  0.760  0.559  0.451  0.500" in text
+    errors = [[float(e) for e in re.findall(r"\d\.\de-\d\d", line)] for line in out.splitlines() if "error" in line]
+    for (one, two, three), times in zip(errors, (16, 2, 4, 2)):    # LTC, then Euler, Heun, DDIM
+        assert one / two == pytest.approx(times, rel=0.25) and two / three == pytest.approx(times, rel=0.25)
+    assert out.count("after an exact reflow 0.000") == 2
     for arch, variants in lf.VARIANTS.items():
         for variant in variants:
             assert f"{arch} {variant} " in out
     quiet = subprocess.run([sys.executable, "-c", "import liquidflow, train, sample"], cwd=ROOT,
                            capture_output=True, text=True, check=False)
     assert quiet.returncode == 0 and quiet.stdout == quiet.stderr == ""
+
+
+def test_the_example_at_the_top_of_the_file_runs():
+    example = re.search(r"\n\n((?:    .+\n)+)\n    §1 ", lf.__doc__).group(1)
+    torch.manual_seed(0)
+    names = {"torch": torch, "batches": [torch.rand(2, 3, 32, 32) * 2 - 1] * 2, **vars(lf)}
+    exec("if True:\n" + example, names)    # noqa: S102 - our own text
+    assert names["new"].shape == (16, 3, 32, 32) and names["new"].isfinite().all()
+    assert names["model"].head.weight.abs().max() > 0    # two steps were taken
 
 
 def test_names_are_defined_before_they_are_used():
