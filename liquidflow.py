@@ -1,8 +1,8 @@
 """LiquidFlow: an attention-free image generator in one file, to be read from top to bottom.
 
 The network is shown a picture mixed with noise, is told how much noise there is, and answers with
-a direction that leads back to a picture. Everything else serves that network, or the walk from
-noise to picture that it makes possible. The whole in use, batches of pictures (B, 3, 32, 32):
+a direction: backwards along it, noise becomes a picture. Everything else serves that network, or
+the walk that it makes possible. The whole in use, for batches of pictures (B, 3, 32, 32):
 
     model, flow = create_model("patch", "nano", image_size=32), RectifiedFlow()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -104,7 +104,7 @@ def choose(what, name, table):
 #
 # The speeds were made for step numbers 0 ... 1000. With t in [0, 1] left as it is, the fastest
 # hand turns one radian in all and the others hardly move: at dim 256 the first principal direction
-# holds 99 % of the variance over t. Hence scale = 1000.
+# holds 99 % of the variance over t. Hence scale = 1000, with which it holds 13 %.
 def sinusoidal(t, dim, max_period=10000, scale=1000):
     """Sinusoidal features of a time: t (B,) in [0, 1] -> (B, dim), at least float32.
 
@@ -210,14 +210,15 @@ def ltc_closed_form(x0, f, A, tau, t):
 
 # Step 3: the learned gate. Inputs that change leave an integral without a closed form. The closed-
 # form continuous-time cell (CfC) keeps the shape of step 2, a start that hands over to an end as
-# time passes, and learns the parts: the start g, the end h, the speed f of the change (of any sign
-# now), and its offset b. A sigmoid takes the place of the exponential:
+# time passes, and computes the parts from the input and the old state: the start g, the end h, the
+# speed f of the change, and its offset b. f may have any sign now, and exp(-f t) could exceed 1, so
+# a sigmoid takes its place:
 #
 #     gate = sigmoid(-(f * t + b)),    new state = gate * g + (1 - gate) * h
 #
 # It approximates, and does not solve: at t = 0 the state is not g but a mixture by sigmoid(-b). For
-# certain it keeps the limits (where f > 0: g for t -> -inf, h for t -> +inf) and a bound: g and h
-# end in a tanh and are mixed, so no state leaves [-1, 1]. With linear g and h it could.
+# certain it keeps the limits (where f > 0: h for t -> +inf, and formally g for t -> -inf), and a
+# bound: g and h end in a tanh and are mixed, so no state leaves [-1, 1] and none can blow up.
 class ScaledTanh(nn.Module):
     """height * tanh(slope * x)."""
     def __init__(self, height, slope):
@@ -230,7 +231,7 @@ class ScaledTanh(nn.Module):
 class CfCCell(nn.Module):
     """One step of a closed-form continuous-time cell: cell(x, h, t) -> the new state (b, hidden).
 
-    x (b, input_size); h (b, hidden_size), the old state; t, liquid time: a number, (b,) or (b, 1).
+    x (b, input_size), the input; h (b, hidden_size), the old state; t: a number, (b,) or (b, 1).
     |output| <= 1 for every finite input, weight and time, unless a sum inside overflows. Source:
     Hasani et al. (2022), "Closed-form continuous-time neural networks" (f: time_a, b: time_b).
     """
@@ -255,12 +256,11 @@ class CfCCell(nn.Module):
 # The cell steps through a sequence. The models below need a layer for pictures, and borrow the gate
 # of step 3 and the relaxation of step 2. Every feature of every pixel is a neuron, and its value x
 # is the old state (nothing is carried from call to call). All take one step together, and the
-# condition c, the noise level above all, says how long it is: a liquid time ts(c) > 0 for each
-# channel. The surroundings of a pixel propose f, g and h:
+# condition c, noise level and label, says how long it is: a liquid time ts(c) > 0 for each channel.
+# A pixel and its surroundings propose f, g and h:
 #
-#     gate = sigmoid(-(f * ts + b(c))),    cfc = gate * g + (1 - gate) * h        step 3, b from c
-#     out  = alpha * x + (1 - alpha) * cfc,    alpha = exp(-lambda * ts)          step 2, x0 is x
-#
+#     gate = sigmoid(-(f * ts + b(c))),    cfc = gate * g + (1 - gate) * h    step 3, but b from c
+#     out  = alpha * x + (1 - alpha) * cfc,    alpha = exp(-lambda * ts)      step 2, from x to cfc
 # In words: a gated convolution, whose gate and whose share alpha of x that is kept follow the noise
 # level. Why should they? The noisier the picture, the less a feature says by itself, and the more
 # its surroundings do. ts and the rate lambda > 0 are learned, for each channel, within a factor of
@@ -273,7 +273,7 @@ class ParallelCfC(nn.Module):
 
     f, g and h share one depthwise convolution (kernel_size, odd: ValueError if even) and one
     expansion to expand * dim channels. |cfc| <= 1, so |out| <= max(|x|, 1) everywhere. alpha
-    "constant" is 0.993 = 0.5^0.01 at every t, for comparison. Source: Hasani et al. (2022).
+    "constant" is 0.993 at all t, to compare "liquid" with. Source: Hasani et al. (2022).
     """
     def __init__(self, dim, cond_dim, kernel_size=5, expand=2, alpha="liquid"):
         super().__init__()
@@ -307,9 +307,9 @@ class ParallelCfC(nn.Module):
         ts = self.liquid_time(c)                                                # (B, dim)
         alpha = torch.exp(-math.log(2) * 4 ** torch.tanh(self.rho) * ts)        # (B, dim)
         if self.fixed_alpha:
-            alpha = self.fixed_alpha + 0 * alpha    # rho gets a gradient, of 0: DDP insists on one
+            alpha = self.fixed_alpha + 0 * alpha    # rho needs a gradient in several processes
         slope, offset = (-v.to(f.dtype)[:, :, None, None] for v in (ts, self.bias(c)))
-        gate = torch.sigmoid(f * slope + offset)      # -(f * ts + b), the sign in small tensors
+        gate = torch.sigmoid(f * slope + offset)      # -(f * ts + b), the small tensors negated
         return gate, alpha.to(x.dtype)[:, :, None, None]
 
     def forward(self, x, c):
@@ -333,7 +333,8 @@ class ParallelCfC(nn.Module):
 # decay, between 0 and 1, says how long they keep it. Its log is what is passed around: over many
 # tokens decays multiply, to numbers that underflow; their logs add up.
 #
-# Unrolled, y_t is a weighted sum over its own token and all earlier ones, y = M x with
+# Unrolled from S_0 = 0, S_t is a sum over s <= t of x_s (outer) Bm_s, faded from s to t. Of that
+# Cm_t reads x_s * (Bm_s . Cm_t): y is a weighted sum over a token and all earlier ones, y = M x,
 #
 #     M[t, s] = (Cm_t . Bm_s) * exp(log_decay_{s+1} + ... + log_decay_t)   for s <= t, else 0
 #
@@ -346,8 +347,8 @@ class ParallelCfC(nn.Module):
 #     chunks   of 2: [1, 2] by the matrix is 1, 2.5, and leaves S = 2.5. [3] by itself is 3; it also
 #              reads 1/2 * 2.5 from the state that enters, which makes 4.25
 #
-# The loop takes l steps that wait for each other, the matrix costs l^2. Chunks, the third way, take
-# the matrix inside and the loop between, and have neither fault. All three have the same arguments
+# The loop takes l steps that wait for each other, the matrix costs l^2. Chunks of q tokens take the
+# matrix inside, q^2 for each, and the loop between, l / q steps. All three have the same arguments
 # and results (x is already multiplied by §6's dt):
 #
 #     x (b, l, h, p)         h heads, each p wide
@@ -363,7 +364,7 @@ def ssd_sequential(x, log_decay, Bm, Cm, initial_state=None):
     Bm, Cm = (full(v).repeat_interleave(h // v.shape[2], 2) for v in (Bm, Cm))     # (b, l, h, n)
     write = full(x)[..., None] * Bm[..., None, :]                                  # (b, l, h, p, n)
     state = torch.zeros_like(write[:, 0]) if initial_state is None else full(initial_state)
-    # unbind, not write[:, t]: the gradient of that is as long as the sequence, at every token
+    # unbind, not write[:, t], whose backward pass fills a tensor of l tokens with 0, l times
     steps, y = (decay[..., None, None], write, Cm[..., None]), []
     for decay_t, write_t, read_t in zip(*(v.unbind(1) for v in steps)):
         state = decay_t * state + write_t                                          # (b, h, p, n)
@@ -375,21 +376,24 @@ def ssd_sequential(x, log_decay, Bm, Cm, initial_state=None):
 #     tokens           1 ... q     |     q+1 ... 2q    |    2q+1 ... 3q
 #     1. inside        M x         |     M x           |    M x              all at once
 #     2. leave behind  S           |     S             |    S                all at once
-#     3. enter              '------+---> .   '---------+--> .   '----->      faded, and added up
-#     4. read from it              |     Cm            |    Cm               all at once
+#     3. carry          '----------+-> + ->'-----------+-> + ->              fading on the way
+#     4. read               0      |     what entered  |    what entered     all at once
 #
-# A head holds l q numbers for its M's, and (l / q) p n for its states: least for q = sqrt(p n).
+# A head holds q numbers for a token in M, and p n / q in states: least in all at q = sqrt(p n),
+# where the derivative of their sum, 1 - p n / q^2, is 0.
 class Between(torch.autograd.Function):
     """The decays between tokens: a (..., l), log decays, and a dtype -> (..., l, l) of that dtype.
 
-        decay[t, s] = exp(a_{s+1} + ... + a_t), and 1 above the diagonal: mask what it multiplies
+        decay[t, s] = exp(a_{s+1} + ... + a_t) for s <= t, else 1: callers must mask that half
 
     Each column is a sum of its own. To subtract two entries of one running sum would lose digits:
-    after a hundred decays of -60 it is near -6000, where float32 numbers are 5e-4 apart. The
-    gradient, by hand, keeps only `decay`, and may subtract, as it is not exponentiated. a_j is in
-    decay[t, s] for s < j <= t, so with H = dL/d(decay) * decay
+    after a hundred logs of -60 it is near -6000, where float32 numbers are 5e-4 apart, and an error
+    in an exponent is a factor. The gradient, by hand, keeps only `decay`, and may subtract. a_j is
+    in decay[t, s] for s < j <= t. With H = dL/d(decay) * decay, 0 for s > t because of the mask,
 
-        dL/da_j = sum of H[t, s] over s < j <= t = sum over t >= j of (row t of H - column t of H)
+        dL/da_j = sum of H[t, s] over s < j <= t = sum over t >= j of (sum of row t - of column t)
+
+    since what rows and columns from j on have in common, t and s >= j, cancels.
     """
     @staticmethod
     def forward(ctx, a, dtype):
@@ -412,12 +416,12 @@ def carry_states(states, log_decay, carried=None):
         entering_{j+1} = exp(log_decay_j) * entering_j + states_j,   entering_0 = carried, or 0
 
     For k chunks: states (..., k, m), log_decay (..., k), carried (..., 1, m); results likewise, the
-    last one at least float32. By a matrix as above, for 16 chunks at a time: cost linear in k.
+    last one at least float32. By a matrix, for 16 chunks at a time: cost linear in k.
     """
     entering = []
     for S, a in zip(states.split(16, -2), log_decay.split(16, -1)):
-        # Shifted a row down: chunk j receives the chunks before it
-        decay = F.pad(Between.apply(a, a.dtype).tril(), (0, 0, 1, -1))       # (..., k, k), k <= 16
+        # Shifted a row down, as a chunk receives only those before it: its row 0 is 0
+        decay = F.pad(Between.apply(a, a.dtype).tril(), (0, 0, 1, -1))       # (..., 16, 16) or less
         with torch.autocast(S.device.type, enabled=False):    # accumulated: not in half precision
             S_in = decay @ full(S)                                           # (..., k, m)
             if carried is not None:
@@ -480,8 +484,8 @@ def ssd_quadratic(x, log_decay, Bm, Cm, initial_state=None):
 #     y                = ssd(dt * x, log_decay, Bm, Cm) + D * x    D: a skip
 #     out              = out_proj(RMSNorm(y * SiLU(z)))            z: a gate on what leaves
 #
-# A large step both writes more and forgets more: dt is the gate of this recurrence. (It is a step
-# of dS/dt = A S + x (outer) Bm: its decay exact, as in step 2 of §4, its input to first order.)
+# A large step both writes more and forgets more: dt is the gate of this recurrence. (It solves
+# S' = A S + x (outer) Bm over a time dt: exp(dt A) exactly, as step 2 of §4, the input nearly.)
 class Mamba2(nn.Module):
     """The Mamba-2 token mixer: (b, l, d_model) -> (b, l, d_model), causal in the order of l.
 
@@ -527,8 +531,8 @@ class Mamba2(nn.Module):
         dt, D = dt.to(x.dtype), self.D.to(x.dtype)
         y, _ = ssd_chunked(dt[..., None] * x, log_decay, Bm, Cm, chunk_size=self.chunk_size)
         y = (D[:, None] * x + y) * F.silu(z).view_as(x)                             # (b, l, h, p)
-        # out_proj(y / root * weight), root = sqrt(mean(y^2) + eps). It is one number a token, so it
-        # divides what comes out instead; the weight is multiplied into out_proj's.
+        # out_proj(y / root * weight), root = sqrt(mean(y^2) + eps), one number a token: it can as
+        # well divide what comes out, which is smaller. The weight is multiplied into out_proj's.
         squares = full(torch.linalg.vector_norm(y, dim=-1)).square()                # (b, l, h)
         scale = torch.rsqrt(squares.sum(-1, keepdim=True) / d_inner + self.norm.eps)   # 1 / root
         return F.linear(y.flatten(2), self.norm.weight * self.out_proj.weight) * scale.to(y.dtype)
@@ -545,17 +549,17 @@ MIXERS = {"mamba2": Mamba2, "none": nn.Identity}
 # that consecutive tokens are always neighbours. Three of the eight on a grid of 2 x 3, whose cells
 # have the raster indices 0 1 2 / 3 4 5:
 #
-#     from the top left, by rows     by columns             from the bottom left, by rows
-#          0 > 1 > 2                 0   1 > 2              0 < 1 < 2
-#                  v                 v   ^   v                      ^
-#          3 < 4 < 5                 3 > 4   5              3 > 4 > 5
-#     order [0, 1, 2, 5, 4, 3]       [0, 3, 4, 1, 2, 5]     [3, 4, 5, 2, 1, 0]
+#     from the top left, by rows     by columns             from the top right, by columns
+#          0 > 1 > 2                 0   1 > 2              0 < 1   2
+#                  v                 v   ^   v              v   ^   v
+#          3 < 4 < 5                 3 > 4   5              3   4 < 5
+#     order [0, 1, 2, 5, 4, 3]       [0, 3, 4, 1, 2, 5]     [2, 5, 4, 1, 0, 3]
 #
-# A token hears only what came before it on its path, so blocks take turns, or average two paths.
+# A token hears only what came before it on its path: blocks take turns, or average both ways (§9).
 #
 # order[i] is the raster index of the cell that is visited i-th: tokens[:, order] lays the cells
-# along the path. The other reading, "when is cell i visited", is its inverse, for the third path
-# [5, 4, 3, 0, 1, 2]. They are easily swapped; the first two are their own inverses and cannot tell.
+# along the path. The other reading, "when is cell i visited", is its inverse: [4, 3, 0, 5, 2, 1]
+# for the last one. They are easily swapped; the first two, their own inverses, would not tell.
 def zigzag_orders(height, width):
     """The eight zigzags over a grid -> LongTensor (8, height * width) of raster indices.
 
@@ -601,7 +605,7 @@ class Scan(nn.Module):
 # A U-Net looks at a picture through ever coarser grids and comes back up. Every grid on the way up
 # also gets the features left there on the way down, so detail need not pass through the bottom:
 #
-#     x > stem > stage 0 ------------------- skip ----------------> fuse > stage 0 > norm, head > v
+#     x > stem > stage 0 ------------------- skip ----------------> fuse > stage 0 > norm, head
 #                   v  half the sides, more channels                 ^  twice the sides
 #                stage 1 ----------------- skip -------------> fuse > stage 1
 #                   v                                           ^
@@ -638,9 +642,9 @@ class Condition(nn.Module):
 class SpatialMix(nn.Module):
     """Local and global context without attention: (B, dim, H, W) -> (B, dim, H, W).
 
-    AdaLN has taken away the mean of each group of channels; `whole` sees how those of a group
-    differ. Up to 32 channels each is a group by itself: there it only adds a bias that c steers.
-    Because of the SiLU the result adds much, and takes away 0.28 at most.
+    AdaLN has taken away the mean of each group of channels, so `whole` sees only how the means
+    within a group differ. With 32 channels or fewer each is its own group: then it sees what c
+    made of zeros. The SiLU lets the result add much, and take away 0.28 at most.
     """
     def __init__(self, dim, kernel_size):
         super().__init__()
@@ -712,7 +716,7 @@ class LiquidUNet(nn.Module):
         self.norm = AdaLN(channels[0], cond_dim)
         # Answer 0 at first: then the first loss is known (§11)
         self.head = zeroed(nn.Conv2d(channels[0], in_channels, 3, padding=1))
-        # A share of x, set by c: c_skip of Karras et al. (2022). §9 has none (README: it did worse)
+        # A share of x, set by c, as c_skip of Karras et al. (2022). §9 did worse with one (README)
         self.direct = zeroed(nn.Linear(cond_dim, in_channels))
 
     def forward(self, x, t, y=None):
@@ -722,7 +726,7 @@ class LiquidUNet(nn.Module):
         skips = []
         for stage, down in zip(self.encoder, self.down):              # all but the coarsest
             for block in stage:
-                x = block(x, c)                                   # (B, channels[i], H/2^i, W/2^i)
+                x = block(x, c)                                       # (B, channels[i], ...)
             skips.append(x)
             x = down(x)
         for block in (*self.encoder[-1], *self.bottom, *self.decoder[-1]):
@@ -741,7 +745,7 @@ class LiquidUNet(nn.Module):
 # tokens become patches again. Halfway one layer looks at the whole picture. Blocks of the second
 # half also get what one of the first half made, so that detail can go round the middle:
 #
-#     x > embed, rows, columns > block 0 > block 1 > overview > block 2 > block 3 > norm, head > v
+#     x > embed, rows, columns > block 0 > block 1 > overview > block 2 > block 3 > norm, head
 #                                   |         '-------- skip ------^         ^
 #                                   '----------------- skip -----------------'
 def to_tokens(x):
@@ -763,7 +767,7 @@ class TokenCfC(nn.Module):
 
     def forward(self, u, c):
         if self.cfc is None:
-            return 0 * u    # not 0: what made u gets a gradient, as DistributedDataParallel insists
+            return 0 * u    # what made u needs a gradient, 0, in several processes
         return self.gain.to(u.dtype) * to_tokens(self.cfc(to_grid(u, *self.grid), c))
 
 class PatchBlock(nn.Module):
@@ -810,9 +814,8 @@ class Overview(nn.Module):
 
         x = x + write(repeat(mix(v))),   v = average(read(norm(x))), 8 numbers in 8 x 8 cells
 
-    A scan passes on what it remembers, a convolution reaches its neighbours; in a small model
-    neither brings the far ends of a shape together. mix, of `units`, sees all 8 * 64 numbers; the
-    fixed grid keeps it small for large pictures. At first it adds nothing.
+    In a small model neither scan nor convolution brings the far ends of a shape together. mix, of
+    `units`, sees all 8 * 64 numbers; the grid keeps it small for any picture. It starts at 0.
     """
     features, cells = 8, 8
     def __init__(self, dim, grid, units):
@@ -859,9 +862,9 @@ class LiquidPatch(nn.Module):
         # Where a token is: one vector for its row, one for its column
         self.rows = nn.Parameter(0.02 * torch.randn(dim, self.grid[0], 1))
         self.columns = nn.Parameter(0.02 * torch.randn(dim, 1, self.grid[1]))
-        self.stem = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)     # a patch sees its neighbours
-        # Each block reads along one path. In steps of 13 (prime: all get a turn, if not 13 n paths)
-        # they go 0 5 2 7 4 1 6 3: the first four from four corners, rows and columns in turn.
+        self.stem = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)     # a patch sees its neighbours,
+        # Each block reads along one path. In steps of 13 (a prime, so that all of other numbers get
+        # a turn) they go 0 5 2 7 4 1 6 3: first from four corners, rows and columns in turn.
         self.blocks = nn.ModuleList(
             self.block(dim, cond_dim, self.grid,
                        make_mixer(dim, d_state=d_state, expand=expand, headdim=headdim),
@@ -870,7 +873,7 @@ class LiquidPatch(nn.Module):
         self.overview = Overview(dim, self.grid, overview)            # used after half of them
         self.skips = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(depth // 2))
         self.norm = AdaLN(dim, cond_dim)
-        self.refine = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)   # and fits them at the seams
+        self.refine = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)   # and is fitted to them again
         self.head = zeroed(nn.Conv2d(dim, in_channels * P * P, 1))    # as in §8
 
     def forward(self, x, t, y=None):
@@ -885,7 +888,7 @@ class LiquidPatch(nn.Module):
         for block in blocks[half:len(blocks) - half]:                 # one, if their number is odd
             x = block(x, c)
         for block, merge in zip(blocks[len(blocks) - half:], self.skips):
-            x = block(full(merge(torch.cat([x, skips.pop()], dim=-1))), c)
+            x = block(full(merge(torch.cat([x, skips.pop()], dim=-1))), c)    # sums stay float32
         x = to_grid(self.norm(x, c), *self.grid)                      # (B, d, H/P, W/P)
         x = self.head(x + self.refine(x))                             # (B, C P P, H/P, W/P)
         return F.pixel_shuffle(x, self.patch_size)                    # (B, C, H, W)
@@ -958,7 +961,7 @@ def create_model(arch, variant, image_size, in_channels=3, num_classes=0, **over
 #
 #     x_t = alpha(t) * x0 + sigma(t) * noise
 #
-# The network sees x_t and t and answers with a mixture of x0 and noise from which both follow:
+# The network sees x_t and t and answers with another mixture of x0 and noise; the two give both:
 #
 #     rectified flow   alpha = 1 - t, sigma = t             learns velocity = noise - x0 = dx_t/dt
 #     VP diffusion     alpha^2 + sigma^2 = 1 (a table)      learns noise
@@ -969,27 +972,32 @@ def create_model(arch, variant, image_size, in_channels=3, num_classes=0, **over
 #
 #     v(x, t) = E[noise - x0 | x_t = x]
 #
-# Now let a crowd start as pure noise at t = 1 and walk back to t = 0, everyone by v. It ends as the
-# data, for at every t it is spread as the x_t are. To see that, take any smooth function phi:
+# Now let a crowd Z start as pure noise at t = 1 and walk back, everyone by dZ/dt = v(Z, t). It ends
+# as the data, for at every t it is spread as the x_t are. To see it, take any smooth function phi:
 #
 #     d/dt E[phi(x_t)] = E[grad phi(x_t) . (noise - x0)] = E[grad phi(x_t) . v(x_t, t)]
 #
-# by the chain rule, and then the mean over all pairs that meet at each x. The right-hand side is
-# also how E[phi] changes for the crowd: same start, same changes, so the same spread.
+# by the chain rule, and then the mean over the pairs that meet at each x. For the crowd the chain
+# rule says d/dt E[phi(Z)] = E[grad phi(Z) . v(Z, t)]: how both are spread obeys one linear equation
+# (for every phi), from one start at t = 1, and so has one solution.
 #
-# But nobody walks straight. Pairs go along straight lines, which cross; at a crossing there is only
+# But nobody walks straight. Pairs go along straight lines, which cross; where they meet there is
 # one v, so the crowd's paths never cross: they bend. (To rewire lines that cross into paths that do
-# not is to "rectify" them.) A step goes straight, so it takes many. In numbers, for data N(0, 1/4)
-# of one dimension, where v(x, t) = x * (t - (1-t)/4) / ((1-t)^2/4 + t^2):
+# not is to "rectify" them.) Steps are straight, so bends need many. In numbers, for data N(0, 1/4)
+# of one dimension: all is Gaussian, so v is x * covariance / variance, and x(t) follows from it:
+#
+#     v(x, t) = x * (t - (1-t)/4) / w,    w = (1-t)^2/4 + t^2,    x(t) = x(1) * sqrt(w)
 #
 #     t                      1      3/4    1/2    1/4    0
 #     the path of v          1.000  0.760  0.559  0.451  0.500
-#     a straight line        1.000  0.875  0.750  0.625  0.500
-#     one step along v       1.000  0.750  0.500  0.250  0.000    from anywhere: to the mean
+#     straight to its end    1.000  0.875  0.750  0.625  0.500
+#     in one step along v    1.000  0.750  0.500  0.250  0.000
+#
+# One step always ends in the mean of the data: at t = 1 x is noise alone, so v = x - E[x0].
 #
 # What loss to expect? A new network answers 0, so its first velocity loss is the mean square of
 # noise - x0, 1 + E[x0^2] (noise knows nothing of x0, so no cross term), and its first noise loss is
-# 1. Neither can fall to 0: what is left is how much the velocities at one x differ from their mean.
+# 1. Neither falls to 0 while pairs meet: there it is how much their targets differ from their mean.
 class Process:
     """What processes share. t is (B,) in [0, 1], x0, noise and x_t are (B, C, H, W).
 
@@ -1040,9 +1048,9 @@ class RectifiedFlow(Process):
 class VPDiffusion(Process):
     """The variance-preserving process of DDPM; the network predicts the noise.
 
-    alpha(t)^2 = alpha_bar[round(t * (num_timesteps - 1))], the running product of 1 - beta, beta
-    linear from beta_start to beta_end. So t = 0 is not quite data (alpha_bar[0] < 1), t = 1 not
-    quite noise. Source: Ho et al. (2020), "Denoising Diffusion Probabilistic Models".
+    Its steps, x -> sqrt(1 - beta) x + sqrt(beta) noise, keep a variance of 1; beta grows linearly.
+    alpha(t)^2 is alpha_bar[round(t * (num_timesteps - 1))], the running product of 1 - beta, so t =
+    0 is not quite data, t = 1 not quite noise. Source: Ho et al. (2020), "Denoising Diffusion ...".
     """
     predicts = "noise"
     def __init__(self, num_timesteps=1000, beta_start=1e-4, beta_end=0.02):
@@ -1080,7 +1088,7 @@ class VPDiffusion(Process):
         indices = torch.tensor([round(T - i * T / steps) - 1 for i in range(steps)])
         return indices.double() / max(T - 1, 1)
 
-# name -> class: the paths that a model can learn; t = 0 is data, t = 1 noise, and it never turns
+# name -> class: the paths that a model can learn; t = 0 is data, t = 1 noise, ever more in between
 PROCESSES = {"flow": RectifiedFlow, "diffusion": VPDiffusion}
 
 # ------------------------------------------------------------------------------------------------
@@ -1090,9 +1098,9 @@ PROCESSES = {"flow": RectifiedFlow, "diffusion": VPDiffusion}
 # and pictures obey none. These are image priors borrowed from physics: a smoothness energy, a
 # conserved quantity, a spectrum. Each looks at x0_hat, the network's guess, in training only.
 #
-# They must stay weak. x0_hat at high noise is rightly a blur, the mean of all that it could be, and
-# what is true of those pictures (sharp edges) is not true of their mean: Jensen's gap. So every
-# picture is weighted by alpha(t)^2, its power in x_t, and the terms are warmed up.
+# They must stay weak. x0_hat is at best E[x0 | x_t], at high noise rightly a blur, and what is true
+# of pictures (sharp edges) is not true of their mean (Jensen's gap). So every picture is weighted
+# by alpha(t)^2, its power in x_t; and they start slowly, as x0_hat is no picture at first.
 def picture_mean(x):
     """(B, ...) -> (B,): the mean over all but the first axis; 0 where there is nothing."""
     return full(x).flatten(1).sum(1) / max(x.shape[1:].numel(), 1)
@@ -1118,16 +1126,16 @@ def laplacian_energy(x):
 def gradient_loss(p, q):
     """mean|dx p - dx q| + mean|dy p - dy q|: two (B, C, H, W) -> (B,).
 
-    Rewards edges in the right place. Bias: blind to overall brightness; where an edge is uncertain,
-    the absolute value prefers none to a soft one.
+    Rewards edges in the right place. Bias: blind to overall brightness; the best guess is a median,
+    so where an edge is uncertain there is none, instead of a soft one.
     """
     return total_variation(p - q)
 
 def intensity_loss(p, q):
     """(mean p - mean q)^2 for each channel, averaged: two (B, C, H, W) -> (B,).
 
-    Rewards keeping the amount of light of each colour, the conserved quantity. Bias: none in the
-    best x0_hat, which has the right mean already; the mean only counts for more than it did.
+    Rewards keeping the amount of light of each colour, the conserved quantity. Bias: none, as the
+    best x0_hat has the right mean anyway.
     """
     return picture_mean((p.mean((2, 3)) - q.mean((2, 3))).square())
 
@@ -1142,7 +1150,7 @@ def spectral_loss(p, q):
         return torch.log(torch.fft.rfft2(full(x)).abs().square() / x.shape[2:].numel() + 1e-4)
     return picture_mean((log_power(p) - log_power(q)).square())
 
-# name -> term(x0_hat, x0) -> (B,), >= 0, any C, H, W; 0 for plain grey. Off until it has a weight
+# name -> term(x0_hat, x0) -> (B,), >= 0, any C, H, W; 0 where both are one plain grey
 PHYSICS = {
     "tv": lambda p, q: total_variation(p), "laplacian": lambda p, q: laplacian_energy(p),
     "gradient": gradient_loss, "intensity": intensity_loss, "spectral": spectral_loss}
@@ -1178,14 +1186,16 @@ class PhysicsLoss:
 # §13  Samplers: from noise to picture
 #
 # Start from noise at t = 1 and walk to t = 0 in a few steps, each from a time t to the next time s.
-# A velocity is the slope of the path, so any method for ordinary differential equations will do:
+# A velocity is the slope of the path (towards noise; s - t < 0 turns it round), so any method for
+# ordinary differential equations will do:
 #
 #     Euler   x_s = x_t + (s - t) * v(x_t, t)                      error ~ 1 / steps
 #     Heun    the mean of the slopes at both ends of that step     error ~ 1 / steps^2, 2 calls each
 #
 # Predicted noise is not a slope. DDIM takes the answer apart into x0_hat and noise_hat, and mixes
 # them anew for time s (alpha_s is alpha(s)). The noise in x_s must have the variance sigma_s^2; a
-# part of it, `variance`, may be fresh (eta > 0), and the rest is noise_hat:
+# part of it, `variance`, may be fresh, and the rest is noise_hat. At eta = 1 that part is how far
+# x_s is uncertain if x_t and x0 are known; the last factor is the noise that s to t brought in:
 #
 #     x_s = alpha_s * x0_hat + sqrt(sigma_s^2 - variance) * noise_hat + sqrt(variance) * fresh noise
 #     variance = eta^2 * (sigma_s / sigma_t)^2 * (sigma_t^2 - (alpha_t / alpha_s)^2 * sigma_s^2)
@@ -1217,10 +1227,7 @@ def guided(model, x, t, y, cfg_scale):
     return torch.lerp(unconditional, conditional, cfg_scale)    # the formula above
 
 def walk(process, steps, follows=("velocity", "noise")):
-    """[(0, t, s), (1, t, s), ...]: the steps from t = 1 to 0, each from t to the next time s.
-
-    ValueError for steps < 1, or a process whose prediction the sampler cannot use.
-    """
+    """[(i, t, s), ...], from t = 1 to s = 0; ValueError unless steps >= 1 and it can follow."""
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
     if process.predicts not in follows:
@@ -1261,8 +1268,8 @@ def ddim_sample(model, process, noise, steps, y=None, cfg_scale=1.0, callback=No
     """noise (B, C, H, W) -> x0, by `steps` DDIM steps, for either process.
 
     eta 0: no new noise; eta 1: as much as DDPM's sampler draws, from `generator` (or a list, one a
-    picture), which must not start as noise's did. clip: larger values of |x0_hat| are cut to it; 1
-    for pictures. At small alpha a little error in the predicted noise is a huge one in x0_hat.
+    picture), seeded otherwise than noise. clip: larger values of |x0_hat| are cut to it; 1 for
+    pictures. At small alpha a little error in the predicted noise is a huge one in x0_hat.
     ValueError for steps and eta. Source: Song et al. (2021), "Denoising Diffusion Implicit Models".
     """
     if not 0 <= eta <= 1:
@@ -1279,7 +1286,7 @@ def ddim_sample(model, process, noise, steps, y=None, cfg_scale=1.0, callback=No
             noise_hat = (x - alpha_t * x0_hat) / sigma_t    # both must still add up to x
         if callback:
             callback(i, x, x0_hat)
-        added = sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2    # noise that came in from s to t
+        added = sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2
         variance = (eta * sigma_s / sigma_t) ** 2 * added
         x = alpha_s * x0_hat + math.sqrt(max(0.0, sigma_s**2 - variance)) * noise_hat
         if variance > 0:
@@ -1295,21 +1302,20 @@ heun_sample.order, heun_sample.calls, heun_sample.follows = 2, 2, ["velocity"]
 ddim_sample.order, ddim_sample.calls, ddim_sample.follows = 1, 1, ["velocity", "noise"]
 SAMPLERS = {"euler": euler_sample, "heun": heun_sample, "ddim": ddim_sample}  # by name
 
-# Reflow: fewer steps. Bends cost steps, and come from pairs whose lines cross (§11), as each noise
-# was given a picture by chance. But the flow leads every noise to a picture of its own, by paths
-# that do not cross. These pairs have the same two ends, noise and (nearly) data, and a second flow,
-# trained on their straight lines (train.py --reflow), has little left to bend:
+# Reflow: fewer steps. Bends come from pairs whose lines cross (§11), as each noise was given a
+# picture by chance. But the flow leads every noise z1 to a picture z0 of its own. These pairs have
+# the same two ends, noise and (nearly) data, and a second flow is trained on their straight lines:
 #
-#     pairs by chance        the flow               its own pairs          a flow of these
-#     noise -.     .- x0     noise -.   .- z0       noise --------- z0     noise ----=---- z0
-#              > <                   )=(
-#     noise -'     '- x0     noise -'   '- z0       noise --------- z0     noise ----=---- z0
+#     pairs by chance        the flow               its own pairs (train.py --reflow)
+#     noise -.     .- x0     z1 -.   .- z0          z1 ----------- z0
+#              > <                )=(
+#     noise -'     '- x0     z1 -'   '- z0          z1 ----------- z0
 #
-# On a path where v never changes one step is exact: z1 - v(z1, 1) = z0. How far is it from that?
+# Why is one step enough then? z0 is a function of z1, so already at t = 1 the average velocity is
+# z1 - z0 itself, where by chance it was z1 - E[x0]. Nearly: in many dimensions lines may still meet
+# on the way. What is left to bend is the variance of v along a path, where its mean is z1 - z0:
 #
 #     S = mean over t of |(z1 - z0) - v(z_t, t)|^2,    z_t the path from noise z1 to picture z0
-#
-# z1 - z0 is the mean of v along the path, so S is the variance of v around it.
 @torch.no_grad()
 def straightness(model, process, noise, steps, y=None):
     """S, () >= 0: along the Euler paths from noise (B, C, H, W), a mean over pictures and numbers.
@@ -1318,8 +1324,7 @@ def straightness(model, process, noise, steps, y=None):
     always straight, and unless process is a RectifiedFlow. Source: Liu et al. (2023), their S(Z).
     """
     if steps < 2 or not isinstance(process, RectifiedFlow):
-        raise ValueError(f"straightness is of a RectifiedFlow in at least 2 steps, not of "
-                         f"{type(process).__name__} in {steps}")
+        raise ValueError(f"straightness needs a RectifiedFlow and at least 2 steps, not {steps}")
     z, velocities = noise, []
     for _, t, s in walk(process, steps):
         velocities.append(full(model(z, everywhere(t, z), y)))
@@ -1328,11 +1333,9 @@ def straightness(model, process, noise, steps, y=None):
 
 # ------------------------------------------------------------------------------------------------
 # §14  EMA and checkpoints
-#
-# The weights of the last step jitter with the pictures that it happened to see. Their average over
-# many steps is calmer, and what pictures are drawn from.
+
 class EMA:
-    """A running average of a model's weights (exponential moving average).
+    """An average of a model's weights over many steps: calmer than the last, and drawn from.
 
         average = average + (1 - decay) * (weight - average)           after every step
 
@@ -1345,7 +1348,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model, finite=True):
-        """The formula, for all weights; not if `finite`, a bool or a tensor (), is false.
+        """The formula, for all (finite) weights; not if `finite`, a bool or a tensor (), is false.
 
         _foreach: for all weights at once, a few launches on a GPU instead of one for each.
         """
@@ -1465,10 +1468,10 @@ class TAESD(nn.Module):
 
     @classmethod
     def load(cls, encoder_path, decoder_path):
-        """A TAESD from two published files; what it is made of is read from the weights.
+        """A TAESD from two published files, made as their weights say; float16 becomes float32.
 
-        float16 files become float32. FileNotFoundError or ValueError, naming the file, for one that
-        is missing, damaged or made for something else; nothing inside a file is ever executed.
+        FileNotFoundError or ValueError, naming the file, for one that is missing, damaged or made
+        for something else; nothing inside a file is ever executed.
         """
         encoder, decoder = load_checkpoint(encoder_path), load_checkpoint(decoder_path)
         last = encoder.get("14.weight") if isinstance(encoder, dict) else None
@@ -1488,9 +1491,8 @@ class TAESD(nn.Module):
     def pretrained(cls, name="taesd", cache_dir=None):
         """Downloads the two files of a family member once, checks them, and loads them.
 
-        cache_dir None: "liquidflow" in torch.hub's folder. ValueError, naming the file, where its
-        git blob id is not the one in TAESD_FILES; ConnectionError, naming both addresses and where
-        the files belong, where they cannot be fetched.
+        cache_dir None: "liquidflow" in torch.hub's folder. ValueError for a wrong git blob id,
+        ConnectionError where they cannot be fetched: naming files, addresses and the folder.
         """
         folder = Path(cache_dir or Path(torch.hub.get_dir()) / "liquidflow")
         blob_ids = choose("autoencoder", name, TAESD_FILES).split()
@@ -1548,13 +1550,12 @@ def tour():
     y = ssd_sequential(*inputs)[0]
     print(f"    300 random tokens: matrix - loop {gap(ssd_quadratic(*inputs)[0], y)}, "
           f"chunks - loop {gap(ssd_chunked(*inputs)[0], y)}, rounding")
-    u, mixer = torch.randn(2, 50, 32), Mamba2(32, headdim=16)
-    other = torch.cat([u[:, :30], torch.randn(2, 20, 32)], dim=1)
-    moved = gap(mixer(u)[:, :30], mixer(other)[:, :30])
+    u, other, mixer = torch.randn(2, 50, 32), torch.randn(2, 50, 32), Mamba2(32, headdim=16)
+    moved = gap(mixer(u)[:, :30], mixer(torch.cat([u[:, :30], other[:, 30:]], dim=1))[:, :30])
     print(f"§6  Mamba-2: a change from token 30 on moves those before by {moved}: it is causal")
-    for name, order in zip(("top left, rows", "top left, columns", "bottom left, rows"),
-                           zigzag_orders(2, 3)[[0, 1, 4]]):
-        print(f"§7  2 x 3 from {name:<17}  order {row(order)}  inverse {row(inverse_order(order))}")
+    for name, order in zip(("top left, rows", "top left, columns", "top right, columns"),
+                           zigzag_orders(2, 3)[[0, 1, 3]]):
+        print(f"§7  2 x 3 from {name:<18}  order {row(order)}  inverse {row(inverse_order(order))}")
     pictures = torch.rand(64, 3, 32, 32) * 2 - 1
     for section, arch in ("§8 ", "unet"), ("§9 ", "patch"):
         model = create_model(arch, "nano", 32)
@@ -1575,12 +1576,13 @@ def tour():
     for name, sampler in SAMPLERS.items():
         errors = [gap(sampler(velocity, flow, noise, steps), noise / 2) for steps in (16, 32, 64)]
         print(f"§13 {name:<5} 16, 32, 64 steps, error: {', '.join(errors)}: order {sampler.order}")
-    for data, *flows in (    # v before and after; for data -1 or 1, E[x0 | x_t] is a tanh
+    # v before, and after, when z0 is z1 / 2, or z1's sign; for data -1 or 1 E[x0 | x_t] is a tanh
+    for data, *flows in (
             ("N(0, 1/4)", velocity, lambda x, t, y: x / (1 + t[0])),
             ("-1 or 1", lambda x, t, y: (x - torch.tanh((1 - t[0]) * x / t[0] ** 2)) / t[0],
              lambda x, t, y: (x - x.sign()) / t[0])):
         before, after = (straightness(v, flow, noise, 50) for v in flows)
-        print(f"    straightness, data {data:<9}: {before:.3f}, after an exact reflow {after:.3f}")
+        print(f"    straightness, data {data:<9}: {before:.3f}, of pairs (z1, z0) {after:.3f}")
     ema = EMA(mixer, 0.999)
     ema.update(zeroed(copy.deepcopy(mixer)))
     print(f"§14 the first average keeps {row((ema.model.D / mixer.D)[0])} of the random start")

@@ -1424,7 +1424,7 @@ def test_straightness_tells_labels_and_leaves_the_model_as_it_was():
 
 @pytest.mark.parametrize("process, steps", [(lf.RectifiedFlow, 1), (lf.RectifiedFlow, 0), (lf.VPDiffusion, 5)])
 def test_straightness_is_refused_where_it_means_nothing(process, steps):
-    with pytest.raises(ValueError, match="RectifiedFlow in at least 2 steps"):
+    with pytest.raises(ValueError, match="RectifiedFlow and at least 2 steps"):
         lf.straightness(gaussian_reflown, process(), torch.zeros(1, 1, 2, 2), steps)
 
 
@@ -2543,16 +2543,16 @@ def test_the_tour_runs_and_importing_prints_nothing(tmp_path):
     y = [line for line in out.splitlines() if line.startswith("§5")]
     assert len(y) == 3 and all(line.endswith("y = 1 2.5 4.25") for line in y)
     assert "1/2 * 1 + 2 = 2.5,    1/2 * 2.5 + 3 = 4.25" in text
-    for order in lf.zigzag_orders(2, 3)[[0, 1, 4]]:
+    for order in lf.zigzag_orders(2, 3)[[0, 1, 3]]:
         assert str(order.tolist()) in text and f"order {' '.join(map(str, order.tolist()))} " in out
-    assert "inverse 5 4 3 0 1 2" in out and "[5, 4, 3, 0, 1, 2]" in text
+    assert "inverse 4 3 0 5 2 1" in out and "[4, 3, 0, 5, 2, 1]" in text
     assert "alpha = 0.841 0.5 0.0625 of x" in out and "alpha    0.84   0.50   0.06 " in text
     assert "over 0.76 0.559 0.451 to 0.5, a curve; one step leads to 0, the mean" in out
     assert "1.000  0.760  0.559  0.451  0.500" in text
     errors = [[float(e) for e in re.findall(r"\d\.\de-\d\d", line)] for line in out.splitlines() if "error" in line]
     for (one, two, three), times in zip(errors, (16, 2, 4, 2)):    # LTC, then Euler, Heun, DDIM
         assert one / two == pytest.approx(times, rel=0.25) and two / three == pytest.approx(times, rel=0.25)
-    assert out.count("after an exact reflow 0.000") == 2
+    assert out.count("of pairs (z1, z0) 0.000") == 2
     for arch, variants in lf.VARIANTS.items():
         for variant in variants:
             assert f"{arch} {variant} " in out
