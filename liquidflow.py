@@ -1,8 +1,8 @@
 """LiquidFlow: an attention-free image generator in one file, to be read from top to bottom.
 
-The network is shown a picture mixed with noise, is told how much noise there is, and answers with
-a direction: backwards along it, noise becomes a picture. Everything else serves that network, or
-the walk that it makes possible. The whole in use, for batches of pictures (B, 3, 32, 32):
+The network is shown a mixture, (1 - t) * picture + t * noise, is told t, and answers with the
+direction noise - picture; backwards along it, noise becomes a picture. Everything else serves that
+network, or the walk that it makes possible. In use, with batches of pictures (B, 3, 32, 32):
 
     model, flow = create_model("patch", "nano", image_size=32), RectifiedFlow()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -24,7 +24,7 @@ the walk that it makes possible. The whole in use, for batches of pictures (B, 3
                                                §16  the tour
 
 The ideas are in §4, §5, §11 and §13. §1, §10, §15 and the second half of §14 are plumbing, which
-may be skipped. `python liquidflow.py` is a tour: it computes the examples that stand in comments.
+may be skipped. `python liquidflow.py` is a tour: it computes examples of the text, and errors.
 Not here: data and training (train.py), drawing (sample.py), tests (test_liquidflow.py), attention.
 
 Conventions
@@ -200,10 +200,7 @@ def ltc_ode(x0, f, A, tau, t, steps):
 #
 #     x(t) = x_inf + (x0 - x_inf) * exp(-(1/tau + f) * t),    x_inf = f * A / (1/tau + f)
 def ltc_closed_form(x0, f, A, tau, t):
-    """The exact x(t) of the LTC equation for constant f; arguments and result as in ltc_ode.
-
-    Source: the variation-of-constants solution of a linear equation; for constant input only.
-    """
+    """The exact x(t) of the LTC equation for constant f (variation of constants); as ltc_ode."""
     rate = 1 / tau + f
     x_inf = f * A / rate
     return x_inf + (x0 - x_inf) * torch.exp(-rate * t)
@@ -231,7 +228,7 @@ class ScaledTanh(nn.Module):
 class CfCCell(nn.Module):
     """One step of a closed-form continuous-time cell: cell(x, h, t) -> the new state (b, hidden).
 
-    x (b, input_size), the input; h (b, hidden_size), the old state; t: a number, (b,) or (b, 1).
+    x (b, input_size); h (b, hidden_size), the old state, not the h above; t a number, (b,), (b, 1).
     |output| <= 1 for every finite input, weight and time, unless a sum inside overflows. Source:
     Hasani et al. (2022), "Closed-form continuous-time neural networks" (f: time_a, b: time_b).
     """
@@ -261,10 +258,10 @@ class CfCCell(nn.Module):
 #
 #     gate = sigmoid(-(f * ts + b(c))),    cfc = gate * g + (1 - gate) * h    step 3, but b from c
 #     out  = alpha * x + (1 - alpha) * cfc,    alpha = exp(-lambda * ts)      step 2, from x to cfc
-# In words: a gated convolution, whose gate and whose share alpha of x that is kept follow the noise
-# level. Why should they? The noisier the picture, the less a feature says by itself, and the more
-# its surroundings do. ts and the rate lambda > 0 are learned, for each channel, within a factor of
-# 4 of where they start, 1 and log 2. With lambda at its start alpha = 0.5^ts:
+# In words: a gated convolution, and alpha, the share of x that is kept (not the alpha of §11). Both
+# may follow the noise level: the noisier a picture is, the less a feature says by itself, and the
+# more its surroundings do. ts and the rate lambda > 0 are learned for each channel, within a factor
+# of 4 of where they start, 1 and log 2. With lambda at its start alpha = 0.5^ts:
 #
 #     ts       1/4     1      4
 #     alpha    0.84   0.50   0.06      and never above 0.5^(1/16) = 0.96: cfc is never cut off
@@ -273,7 +270,7 @@ class ParallelCfC(nn.Module):
 
     f, g and h share one depthwise convolution (kernel_size, odd: ValueError if even) and one
     expansion to expand * dim channels. |cfc| <= 1, so |out| <= max(|x|, 1) everywhere. alpha
-    "constant" is 0.993 at all t, to compare "liquid" with. Source: Hasani et al. (2022).
+    "constant" is 0.993 at all t, as a source of ours had it. Source: Hasani et al. (2022).
     """
     def __init__(self, dim, cond_dim, kernel_size=5, expand=2, alpha="liquid"):
         super().__init__()
@@ -307,7 +304,7 @@ class ParallelCfC(nn.Module):
         ts = self.liquid_time(c)                                                # (B, dim)
         alpha = torch.exp(-math.log(2) * 4 ** torch.tanh(self.rho) * ts)        # (B, dim)
         if self.fixed_alpha:
-            alpha = self.fixed_alpha + 0 * alpha    # rho needs a gradient in several processes
+            alpha = self.fixed_alpha + 0 * alpha    # DistributedDataParallel needs rho's gradient
         slope, offset = (-v.to(f.dtype)[:, :, None, None] for v in (ts, self.bias(c)))
         gate = torch.sigmoid(f * slope + offset)      # -(f * ts + b), the small tensors negated
         return gate, alpha.to(x.dtype)[:, :, None, None]
@@ -371,13 +368,16 @@ def ssd_sequential(x, log_decay, Bm, Cm, initial_state=None):
         y.append((state @ read_t).squeeze(-1))                                     # (b, h, p)
     return torch.stack(y, dim=1).to(dtype), state
 
-# The chunks, q tokens each:
+# Chunks of q tokens. From the state E that enters one, with tokens 1 ... q and a for log_decay,
 #
-#     tokens           1 ... q     |     q+1 ... 2q    |    2q+1 ... 3q
-#     1. inside        M x         |     M x           |    M x              all at once
-#     2. leave behind  S           |     S             |    S                all at once
-#     3. carry          '----------+-> + ->'-----------+-> + ->              fading on the way
-#     4. read               0      |     what entered  |    what entered     all at once
+#     S_t = exp(a_1 + ... + a_t) * E + sum over s <= t of exp(a_{s+1} + ... + a_t) x_s (outer) Bm_s
+#
+# Cm_t reads from both terms, and at t = q they are what leaves the chunk:
+#
+#     1. inside         y = M x, the second term: as if E were 0      all chunks at once
+#     2. leave behind   the second term at t = q                      all chunks at once
+#     3. carry          E of the next = exp(a_1 + ... + a_q) * E + what was left behind
+#     4. read           y + exp(a_1 + ... + a_t) * E Cm_t             all chunks at once
 #
 # A head holds q numbers for a token in M, and p n / q in states: least in all at q = sqrt(p n),
 # where the derivative of their sum, 1 - p n / q^2, is 0.
@@ -387,9 +387,10 @@ class Between(torch.autograd.Function):
         decay[t, s] = exp(a_{s+1} + ... + a_t) for s <= t, else 1: callers must mask that half
 
     Each column is a sum of its own. To subtract two entries of one running sum would lose digits:
-    after a hundred logs of -60 it is near -6000, where float32 numbers are 5e-4 apart, and an error
-    in an exponent is a factor. The gradient, by hand, keeps only `decay`, and may subtract. a_j is
-    in decay[t, s] for s < j <= t. With H = dL/d(decay) * decay, 0 for s > t because of the mask,
+    after a hundred logs of -60 it is near -6000, where float32 numbers are 5e-4 apart, and a log of
+    -0.01 that follows becomes -0.0098. The gradient, by hand, keeps only `decay`, and may subtract,
+    as its error is not exponentiated. a_j is in decay[t, s] for s < j <= t. With H = dL/d(decay) *
+    decay, which is 0 for s > t because of the mask,
 
         dL/da_j = sum of H[t, s] over s < j <= t = sum over t >= j of (sum of row t - of column t)
 
@@ -484,8 +485,8 @@ def ssd_quadratic(x, log_decay, Bm, Cm, initial_state=None):
 #     y                = ssd(dt * x, log_decay, Bm, Cm) + D * x    D: a skip
 #     out              = out_proj(RMSNorm(y * SiLU(z)))            z: a gate on what leaves
 #
-# A large step both writes more and forgets more: dt is the gate of this recurrence. (It solves
-# S' = A S + x (outer) Bm over a time dt: exp(dt A) exactly, as step 2 of §4, the input nearly.)
+# A large step both writes more and forgets more: dt is the gate of this recurrence. softplus and
+# -exp keep the signs: a state can fade, but not explode.
 class Mamba2(nn.Module):
     """The Mamba-2 token mixer: (b, l, d_model) -> (b, l, d_model), causal in the order of l.
 
@@ -555,7 +556,7 @@ MIXERS = {"mamba2": Mamba2, "none": nn.Identity}
 #          3 < 4 < 5                 3 > 4   5              3   4 < 5
 #     order [0, 1, 2, 5, 4, 3]       [0, 3, 4, 1, 2, 5]     [2, 5, 4, 1, 0, 3]
 #
-# A token hears only what came before it on its path: blocks take turns, or average both ways (§9).
+# A token hears only what came before it on its path: blocks take turns, or average two ways (§9).
 #
 # order[i] is the raster index of the cell that is visited i-th: tokens[:, order] lays the cells
 # along the path. The other reading, "when is cell i visited", is its inverse: [4, 3, 0, 5, 2, 1]
@@ -611,16 +612,15 @@ class Scan(nn.Module):
 #                   v                                           ^
 #                stage 2 ------> bottom ------> stage 2 --------'
 #
-# A stage is a few blocks. Where others put attention, each has three residual parts:
+# A stage is a few blocks. In place of attention each block has three residual parts:
 #
 #     x = x + gain * CfC(AdaLN(x, c), c)      the liquid part of §4
 #     x = x + SpatialMix(AdaLN(x, c))         a neighbourhood, and means over the whole picture
 #     x = x + FeedForward(AdaLN(x, c))        channels among themselves
 #
-# Labels enter by the condition c, and there is one more than classes, the null class "any". To draw
-# a class more clearly §13 exaggerates what its label changes, and so asks the network with it and
-# without (guidance). A network that always saw labels could not answer without: train.py hides one
-# in ten behind "any".
+# Labels enter by the condition c, and there is one more than classes: "any", the null class. To
+# draw a class more clearly §13 exaggerates what its label changes, and asks the network with it and
+# without. One that always saw labels could not answer without: train.py shows "any" for one in ten.
 class Condition(nn.Module):
     """c = time embedding + label embedding: t (B,), y (B,) or None -> (B, cond_dim).
 
@@ -643,8 +643,8 @@ class SpatialMix(nn.Module):
     """Local and global context without attention: (B, dim, H, W) -> (B, dim, H, W).
 
     AdaLN has taken away the mean of each group of channels, so `whole` sees only how the means
-    within a group differ. With 32 channels or fewer each is its own group: then it sees what c
-    made of zeros. The SiLU lets the result add much, and take away 0.28 at most.
+    within a group differ. With 32 channels or fewer each is its own group: then it sees only
+    AdaLN's shift(c). The SiLU lets the result add much, and take away 0.28 at most.
     """
     def __init__(self, dim, kernel_size):
         super().__init__()
@@ -767,7 +767,7 @@ class TokenCfC(nn.Module):
 
     def forward(self, u, c):
         if self.cfc is None:
-            return 0 * u    # what made u needs a gradient, 0, in several processes
+            return 0 * u    # DistributedDataParallel needs a gradient, if 0, of what made u
         return self.gain.to(u.dtype) * to_tokens(self.cfc(to_grid(u, *self.grid), c))
 
 class PatchBlock(nn.Module):
@@ -814,8 +814,8 @@ class Overview(nn.Module):
 
         x = x + write(repeat(mix(v))),   v = average(read(norm(x))), 8 numbers in 8 x 8 cells
 
-    In a small model neither scan nor convolution brings the far ends of a shape together. mix, of
-    `units`, sees all 8 * 64 numbers; the grid keeps it small for any picture. It starts at 0.
+    States fade, a convolution reaches its neighbours: nothing else brings the far ends of a shape
+    together in a small model. mix, of `units`, sees all 8 * 64 numbers. At first it adds 0.
     """
     features, cells = 8, 8
     def __init__(self, dim, grid, units):
@@ -853,7 +853,7 @@ class LiquidPatch(nn.Module):
         P = patch_size or max(self.least_patch, min(size) // self.most_cells)
         if any(side % P for side in size):
             raise ValueError(f"image size {image_size}: the patch size, {P}, must divide each side "
-                             f"(squares of side {math.lcm(patch_size or 1, self.most_cells)} work)")
+                             f"(multiples of {patch_size or self.most_cells} work)")
         self.patch_size, self.grid = P, (size[0] // P, size[1] // P)
         orders = choose("scan", scan, SCANS)(*self.grid)
         make_mixer = choose("mixer", mixer, MIXERS)
@@ -862,9 +862,9 @@ class LiquidPatch(nn.Module):
         # Where a token is: one vector for its row, one for its column
         self.rows = nn.Parameter(0.02 * torch.randn(dim, self.grid[0], 1))
         self.columns = nn.Parameter(0.02 * torch.randn(dim, 1, self.grid[1]))
-        self.stem = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)     # a patch sees its neighbours,
-        # Each block reads along one path. In steps of 13 (a prime, so that all of other numbers get
-        # a turn) they go 0 5 2 7 4 1 6 3: first from four corners, rows and columns in turn.
+        self.stem = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)     # patches see their neighbours
+        # Each block reads along one path. In steps of 13, which visit all but of 13 n, they go
+        # 0 5 2 7 4 1 6 3: the first four from four corners, rows and columns in turn.
         self.blocks = nn.ModuleList(
             self.block(dim, cond_dim, self.grid,
                        make_mixer(dim, d_state=d_state, expand=expand, headdim=headdim),
@@ -873,7 +873,7 @@ class LiquidPatch(nn.Module):
         self.overview = Overview(dim, self.grid, overview)            # used after half of them
         self.skips = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(depth // 2))
         self.norm = AdaLN(dim, cond_dim)
-        self.refine = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)   # and is fitted to them again
+        self.refine = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)   # mends seams between patches
         self.head = zeroed(nn.Conv2d(dim, in_channels * P * P, 1))    # as in §8
 
     def forward(self, x, t, y=None):
@@ -979,21 +979,21 @@ def create_model(arch, variant, image_size, in_channels=3, num_classes=0, **over
 #
 # by the chain rule, and then the mean over the pairs that meet at each x. For the crowd the chain
 # rule says d/dt E[phi(Z)] = E[grad phi(Z) . v(Z, t)]: how both are spread obeys one linear equation
-# (for every phi), from one start at t = 1, and so has one solution.
+# (for every phi), from one start at t = 1, and so, v being smooth, has one solution. Nothing in it
+# needs x0 and noise to be independent; §13 makes use of that.
 #
-# But nobody walks straight. Pairs go along straight lines, which cross; where they meet there is
-# one v, so the crowd's paths never cross: they bend. (To rewire lines that cross into paths that do
-# not is to "rectify" them.) Steps are straight, so bends need many. In numbers, for data N(0, 1/4)
-# of one dimension: all is Gaussian, so v is x * covariance / variance, and x(t) follows from it:
+# But they are, and so nobody walks straight: at t = 1 x is noise alone and tells nothing of x0, so
+# v = x - E[x0]. All head for the mean of the data, and turn as x begins to tell. (Pairs go along
+# lines that cross. Where they meet there is one v, so paths do not cross: to rewire lines so is to
+# "rectify" them.) Steps are straight, so bends need many. For data N(0, 1/4) of one dimension all
+# is Gaussian: v = x * covariance of noise - x0 and x_t / variance w of x_t. The covariance is w'/2:
 #
-#     v(x, t) = x * (t - (1-t)/4) / w,    w = (1-t)^2/4 + t^2,    x(t) = x(1) * sqrt(w)
+#     v(x, t) = x * (t - (1-t)/4) / w,    w = (1-t)^2/4 + t^2,    so x(t) = x(1) * sqrt(w)
 #
 #     t                      1      3/4    1/2    1/4    0
 #     the path of v          1.000  0.760  0.559  0.451  0.500
 #     straight to its end    1.000  0.875  0.750  0.625  0.500
 #     in one step along v    1.000  0.750  0.500  0.250  0.000
-#
-# One step always ends in the mean of the data: at t = 1 x is noise alone, so v = x - E[x0].
 #
 # What loss to expect? A new network answers 0, so its first velocity loss is the mean square of
 # noise - x0, 1 + E[x0^2] (noise knows nothing of x0, so no cross term), and its first noise loss is
@@ -1302,9 +1302,9 @@ heun_sample.order, heun_sample.calls, heun_sample.follows = 2, 2, ["velocity"]
 ddim_sample.order, ddim_sample.calls, ddim_sample.follows = 1, 1, ["velocity", "noise"]
 SAMPLERS = {"euler": euler_sample, "heun": heun_sample, "ddim": ddim_sample}  # by name
 
-# Reflow: fewer steps. Bends come from pairs whose lines cross (§11), as each noise was given a
-# picture by chance. But the flow leads every noise z1 to a picture z0 of its own. These pairs have
-# the same two ends, noise and (nearly) data, and a second flow is trained on their straight lines:
+# Reflow: fewer steps. Paths bend because each noise was given a picture by chance (§11). But the
+# flow leads every noise z1 to a picture z0 of its own, spread as the data (nearly), and a second
+# flow is trained on the straight lines between them:
 #
 #     pairs by chance        the flow               its own pairs (train.py --reflow)
 #     noise -.     .- x0     z1 -.   .- z0          z1 ----------- z0
@@ -1312,13 +1312,14 @@ SAMPLERS = {"euler": euler_sample, "heun": heun_sample, "ddim": ddim_sample}  # 
 #     noise -'     '- x0     z1 -'   '- z0          z1 ----------- z0
 #
 # Why is one step enough then? z0 is a function of z1, so already at t = 1 the average velocity is
-# z1 - z0 itself, where by chance it was z1 - E[x0]. Nearly: in many dimensions lines may still meet
-# on the way. What is left to bend is the variance of v along a path, where its mean is z1 - z0:
+# z1 - z0 itself, where by chance it was z1 - E[x0]. Several steps end there, too, unless lines meet
+# on the way, as in many dimensions some may. How much a flow bends is measured on its own path z_t
+# from z1, which ends in z0, as the variance of v, whose mean is z1 - z0:
 #
-#     S = mean over t of |(z1 - z0) - v(z_t, t)|^2,    z_t the path from noise z1 to picture z0
+#     S = mean over t, noises and numbers of ((z1 - z0) - v(z_t, t))^2
 @torch.no_grad()
 def straightness(model, process, noise, steps, y=None):
-    """S, () >= 0: along the Euler paths from noise (B, C, H, W), a mean over pictures and numbers.
+    """S, () >= 0, along the Euler paths of `steps` steps from noise (B, C, H, W).
 
     0 if and only if the velocity is constant along each. ValueError for steps < 2, as one step is
     always straight, and unless process is a RectifiedFlow. Source: Liu et al. (2023), their S(Z).
@@ -1335,7 +1336,7 @@ def straightness(model, process, noise, steps, y=None):
 # §14  EMA and checkpoints
 
 class EMA:
-    """An average of a model's weights over many steps: calmer than the last, and drawn from.
+    """An average of the weights over many steps: calmer than the latest; samples come from it.
 
         average = average + (1 - decay) * (weight - average)           after every step
 
@@ -1348,7 +1349,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model, finite=True):
-        """The formula, for all (finite) weights; not if `finite`, a bool or a tensor (), is false.
+        """The formula, for weights that are finite. `finite` False, a bool or (): no change.
 
         _foreach: for all weights at once, a few launches on a GPU instead of one for each.
         """
@@ -1361,7 +1362,7 @@ class EMA:
         for average, value in zip(self.model.buffers(), model.buffers()):
             average.copy_(value)
 
-# From here on plumbing: files that are written whole or not at all and read safely, an autoencoder.
+# From here on plumbing: files that are written whole and read safely, and an autoencoder.
 def write_whole(path, fill):
     """fill(file), on a temporary file that is then renamed: all of the new file, or the old one."""
     path = Path(path).resolve()    # where a link leads to
@@ -1515,7 +1516,6 @@ class TAESD(nn.Module):
 
 # ------------------------------------------------------------------------------------------------
 # §16  The tour: python liquidflow.py
-#
 # CLAIMS: the sizes that our sources claim for each variant, and at how many pixels
 CLAIMS = {
     "patch tiny": ("5.9M", 128), "patch small": ("13.7M", 128), "patch base": ("37.6M", 256),
@@ -1536,7 +1536,7 @@ def tour():
     print(f"§3  new AdaLN - norm: {gap(AdaLN(48, 64)(x, c), F.group_norm(x, 24, eps=1e-6))}")
     neuron = torch.tensor([0, 1, 2, 1, 1], dtype=torch.float64)          # x0, f, A, tau and t
     errors = [gap(ltc_ode(*neuron, steps), ltc_closed_form(*neuron)) for steps in (4, 8, 16)]
-    print(f"§4  LTC in 4, 8, 16 Runge-Kutta steps, error: {', '.join(errors)}, each a 16th")
+    print(f"§4  LTC in 4, 8, 16 Runge-Kutta steps, error: {', '.join(errors)}, about a 16th each")
     state = CfCCell(3, 5)(1e6 * torch.randn(4, 3), torch.randn(4, 5), t)
     print(f"    CfC cell, inputs around 1e6: |state| up to {state.abs().max():.3f}, never above 1\n"
           f"    ts = 1/4, 1, 4 keep alpha = {row(0.5 ** torch.tensor([0.25, 1, 4]))} of x")
@@ -1571,7 +1571,7 @@ def tour():
     print(f"§11 data N(0, 1/4): from 1 v leads over {row(torch.cat(path[1000::1000]))} to 0.5, a "
           f"curve; one step leads to {row(euler_sample(velocity, flow, one, 1))}, the mean")
     values = {name: row(term(pictures, 0 * pictures).mean()) for name, term in PHYSICS.items()}
-    print(f"§12 penalties of noise taken for grey: {', '.join(map(' '.join, values.items()))}")
+    print(f"§12 penalties, random pixels for grey: {', '.join(map(' '.join, values.items()))}")
     noise = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     for name, sampler in SAMPLERS.items():
         errors = [gap(sampler(velocity, flow, noise, steps), noise / 2) for steps in (16, 32, 64)]
@@ -1581,8 +1581,8 @@ def tour():
             ("N(0, 1/4)", velocity, lambda x, t, y: x / (1 + t[0])),
             ("-1 or 1", lambda x, t, y: (x - torch.tanh((1 - t[0]) * x / t[0] ** 2)) / t[0],
              lambda x, t, y: (x - x.sign()) / t[0])):
-        before, after = (straightness(v, flow, noise, 50) for v in flows)
-        print(f"    straightness, data {data:<9}: {before:.3f}, of pairs (z1, z0) {after:.3f}")
+        before, after = (straightness(v, flow, one, 4000) for v in flows)
+        print(f"    S from z1 = 1, data {data:<9}: {before:.3f}, of pairs (z1, z0) {after:.3f}")
     ema = EMA(mixer, 0.999)
     ema.update(zeroed(copy.deepcopy(mixer)))
     print(f"§14 the first average keeps {row((ema.model.D / mixer.D)[0])} of the random start")

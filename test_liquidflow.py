@@ -943,9 +943,9 @@ def test_unets_from_tiny_up_are_those_of_their_source():
 @pytest.mark.parametrize("arguments, options, message", [
     (("gan", "nano", 32), {}, "patch, unet, mamba"), (("patch", "huge", 32), {}, "nano, tiny"),
     (("unet", "nano", 30), {}, "multiple of 4"), (("unet", "nano", 4), {}, "larger multiple of 4"),
-    (("patch", "tiny", 33), {}, "side 32"), (("patch", "tiny", 100), {}, "side 32"),
-    (("patch", "nano", 32), {"patch_size": 5}, "side 160"),
-    (("mamba", "tiny", 39), {}, "side 16"), (("patch", "nano", 0), {}, "positive"),
+    (("patch", "tiny", 33), {}, "multiples of 32"), (("patch", "tiny", 100), {}, "multiples of 32"),
+    (("patch", "nano", 32), {"patch_size": 5}, "multiples of 5"),
+    (("mamba", "tiny", 39), {}, "multiples of 16"), (("patch", "nano", 0), {}, "positive"),
     (("patch", "nano", (32, 32, 32)), {}, "positive"), (("patch", "nano", 32), {"wings": 2}, "dim"),
     (("patch", "nano", 32, 0), {}, "in_channels"), (("unet", "nano", 32, 2.5), {}, "in_channels"),
     (("patch", "nano", 32, 3, -1), {}, "num_classes"), (("unet", "nano", 32, 3, "3"), {}, "num_classes"),
