@@ -32,41 +32,13 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from liquidflow import (
-    PROCESSES,
-    SAMPLERS,
-    TAESD_FILES,
-    ParallelCfC,
-    create_model,
-    sides,
-    total_variation,
-    walk,
+    PROCESSES, SAMPLERS, TAESD_FILES, ParallelCfC, create_model, sides, total_variation, walk,
     write_whole,
 )
 from train import (
-    DATASETS,
-    LARGEST,
-    SAMPLER_OF,
-    TEST_SEED,
-    Parser,
-    Precision,
-    Progress,
-    Refused,
-    check_same_pictures,
-    decoded,
-    duration,
-    fit_picture,
-    grid_picture,
-    guarded,
-    load_state,
-    load_taesd,
-    number,
-    open_picture,
-    pick_device,
-    sampler_options,
-    say,
-    scaled,
-    split,
-    user_data,
+    DATASETS, LARGEST, SAMPLER_OF, TEST_SEED, Parser, Precision, Progress, Refused,
+    check_same_pictures, decoded, duration, fit_picture, grid_picture, guarded, load_state,
+    load_taesd, number, open_picture, pick_device, sampler_options, say, scaled, split, user_data,
 )
 
 EXPORT_GAP = 1e-3    # the largest error of an exported model that is let through

@@ -49,22 +49,8 @@ except ImportError:    # Windows
     fcntl = None
 
 from liquidflow import (
-    ARCHS,
-    EMA,
-    MIXERS,
-    PHYSICS,
-    PROCESSES,
-    SAMPLERS,
-    SCANS,
-    TAESD,
-    TAESD_FILES,
-    VARIANTS,
-    PhysicsLoss,
-    create_model,
-    load_checkpoint,
-    save_checkpoint,
-    sides,
-    write_whole,
+    ARCHS, EMA, MIXERS, PHYSICS, PROCESSES, SAMPLERS, SCANS, TAESD, TAESD_FILES, VARIANTS,
+    PhysicsLoss, create_model, load_checkpoint, save_checkpoint, sides, write_whole,
 )
 
 CHECKPOINT_VERSION = 4      # raised whenever what a checkpoint holds changes its meaning
