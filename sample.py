@@ -634,8 +634,9 @@ def parse_arguments(argv=None):
     return args
 
 
-def run(args):
+def run(argv):
     """Loads, samples, writes; says what and where."""
+    args = parse_arguments(argv)
     for path, *suffixes in ((args.out, ".png"), (args.gif, ".gif"), (args.gates, ".png"),
                             (args.export, ".onnx", ".pt2")):
         if path is not None and (Path(path).suffix.lower() not in suffixes or Path(path).is_dir()
@@ -724,7 +725,7 @@ def run(args):
 
 def main(argv=None):
     """Runs the command line."""
-    guarded(run, parse_arguments(argv), "a smaller --batch_size needs less")
+    guarded(run, argv, "a smaller --batch_size needs less")
 
 
 if __name__ == "__main__":

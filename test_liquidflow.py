@@ -2800,9 +2800,8 @@ def test_resume_refuses_what_would_be_another_run(here, monkeypatch, capsys):
     before = Path("run/ckpt.pt").read_bytes()
     refused(train.main, [*options, "--steps", "2"], capsys, "2 steps", "more --steps")
     refused(train.main, [*options, "--steps", "4", "--override", "depth=1", "--physics", "tv=1",
-                         "--max_images", "9", "--labels"], capsys,
-            "cond_dim=16 --override depth=2 --override dim=48:", "no --labels", "no --max_images",
-            "--physics tv=0.01,")
+                         "--max_images", "9", "--labels"], capsys, "another --labels, --max_images, --physics, "
+            "--override, which", "leave out")
     with monkeypatch.context() as patch:
         patch.setattr(train, "EPOCH_OF_SHAPES", 600)
         refused(train.main, [*options, "--steps", "4"], capsys, "pictures")
@@ -2837,32 +2836,60 @@ liquidflow.save_checkpoint("ckpt.pt", dict(step=2))
 
 def test_a_resumed_run_keeps_what_it_is_not_told(here, capsys):
     some = smallest(batch_size=None, out="run")
-    train.main([*some, "--batch_size", "4", "--steps", "3", "--lr", "0.004"])
+    train.main([*some, "--batch_size", "4", "--steps", "3", "--lr", "0.004", "--amp", "bf16", "--no_mirror",
+                "--weight_decay", "0", "--physics", "off", "--save_every", "2"])
     state = lf.load_checkpoint("run/ckpt.pt")
-    state["step"], state["args"]["steps"] = 2, 3
-    del state["args"]["weight_decay"]    # as if from before there was such an option
-    lf.save_checkpoint("run/ckpt.pt", state)
-    train.main([*some, "--resume"])
-    args = lf.load_checkpoint("run/ckpt.pt")["args"]
-    assert (args["steps"], args["batch_size"], args["lr"]) == (3, 4, 0.004)
+    before = state["args"]
+    lf.save_checkpoint("run/ckpt.pt", {**state, "step": 2})
+    train.main(["--out", "run", "--resume"])    # it was told all the rest
+    assert lf.load_checkpoint("run/ckpt.pt")["args"] == {**before, "resume": True}
+    train.main(["--out", "run", "--resume", "--override=dim=48", "--steps", "4"])    # one of the three
+    assert lf.load_checkpoint("run/ckpt.pt")["args"] == {**before, "resume": True, "steps": 4}
 
 
-def test_every_option_may_change_when_a_run_goes_on_or_is_refused_by_name(here):
+def test_what_is_typed_when_a_run_goes_on_is_applied_or_refused_by_name(here):
     """The README: the intervals, the device, compiling, parts of a batch, folders, and the length."""
-    free = {"steps", "epochs", "minutes", "log_every", "sample_every", "save_every", "device", "compile",
-            "grad_accum", "data_dir", "taesd_dir", "out", "resume", "overwrite", "split"}    # split: its own
-    args = train.parse_arguments([*SMALL, "--steps", "9", "--out", "run"])
-    Path("run").mkdir()
-    state = {"version": train.CHECKPOINT_VERSION, "args": vars(args)}
-    others = {"override": [("dim", 1)], "physics": {"tv": 9.0}}
-    for name in vars(args):
-        other = {**vars(args), name: others.get(name, "another")}
-        lf.save_checkpoint("run/ckpt.pt", {**state, "args": other})
-        if name in free:
-            assert train.load_run(copy.copy(args))["args"] == other, name
-        else:
-            with pytest.raises(train.Refused, match=f"--{name} "):
-                train.load_run(copy.copy(args))
+    free = {"steps": 7, "epochs": 2, "grad_accum": 2, "log_every": 3, "sample_every": 3, "save_every": 3,
+            "device": "warp", "compile": "off", "data_dir": "moved", "taesd_dir": "moved", "out": "run"}
+    other = {"arch": "unet", "process": "diffusion", "variant": "tiny", "dataset": "cifar10", "max_images": 9,
+             "image_size": 24, "latents": "taef1", "minutes": 3.0, "batch_size": 2, "lr": 0.5, "weight_decay": 0.5,
+             "ema": 0.5, "physics": "tv=9", "override": "depth=1", "seed": 3, "amp": "off"}
+    flags = {"labels", "no_mirror"}
+    names = {action.dest for action in train.make_parser()._actions} - {"help", "resume", "overwrite"}
+    assert names == {*free, *other, *flags}    # every option is in one of them
+    was = vars(train.parse_arguments([*smallest(dataset="folder", data_dir="here", taesd_dir="here", latents="taesd"),
+                                      "--steps=9", "--out=run"]))
+    path = Path("run/ckpt.pt")
+    path.parent.mkdir()
+    lf.save_checkpoint(path, {"version": train.CHECKPOINT_VERSION, "args": was})
+    for name, value in free.items():
+        args, _ = train.load_run(path, [f"--{name}={value}"])
+        assert vars(args) == {**was, name: value}, name
+    for word in [*(f"--{name}={value}" for name, value in other.items()), *(f"--{name}" for name in flags)]:
+        with pytest.raises(train.Refused, match=f"{word.partition('=')[0]}, which .*leave out"):
+            train.load_run(path, [word])
+    same = [word for name, value in was.items() if name not in ("split", "resume", "overwrite", "steps")
+            for word in train.as_typed(name, value)]
+    assert vars(train.load_run(path, same[::-1])[0]) == was    # in any order
+
+
+def test_runs_of_older_programs_go_on_and_damaged_ones_are_refused(here, capsys):
+    train.main([*SMALL, "--steps", "1", "--out", "run"])
+    state = lf.load_checkpoint("run/ckpt.pt")
+    args = state["args"]
+    older = {name: value for name, value in args.items() if name not in ("split", "no_mirror", "minutes")}
+    older |= {"compile": False, "override": args["override"][::-1], "workers": 4}    # as they once were
+    lf.save_checkpoint("run/ckpt.pt", {**state, "args": older})
+    train.main([*SMALL, "--steps", "2", "--out", "run", "--resume"])
+    found = lf.load_checkpoint("run/ckpt.pt")["args"]
+    assert found == {**args, "steps": 2, "split": "order", "resume": True}
+    for wrong in ({"lr": -1}, {"lr": "fast"}, {"arch": "gan"}, {"override": [1]}, {"physics": {"gravity": 1}},
+                  {"physics": 3}, {"steps": []}, {"amp": True}, {"seed": 0.5}, {"variant": "huge"}):
+        lf.save_checkpoint("run/ckpt.pt", {**state, "args": {**args, **wrong}})
+        refused(train.main, ["--out", "run", "--resume"], capsys, Path("run/ckpt.pt"), "its args are not")
+    for wrong in None, [1], "a":
+        lf.save_checkpoint("run/ckpt.pt", {**state, "args": wrong})
+        refused(train.main, ["--out", "run", "--resume"], capsys, Path("run/ckpt.pt"), "its args are not")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3254,7 +3281,8 @@ def test_a_row_of_pictures_for_every_label(here, monkeypatch, capsys, trained):
 def test_every_variant_has_training_defaults_and_is_named_in_the_help():
     variants = {variant for table in lf.VARIANTS.values() for variant in table}
     assert {key[-1] if isinstance(key, tuple) else key for key in train.DEFAULTS} == variants
-    assert {frozenset(row) for row in train.DEFAULTS.values()} == {frozenset(train.FROM_VARIANT)}
+    rows = {frozenset(row) for row in train.DEFAULTS.values()}
+    assert rows == {frozenset(["steps", "batch_size", "lr", "sample_every"])}    # as --help says
     text = " ".join(train.make_parser().format_help().split())
     for name in (*variants, *lf.MIXERS, *lf.SCANS, "kernel_size", "channels", "constant"):
         assert name in text, f"--help does not name {name}"
@@ -3262,7 +3290,7 @@ def test_every_variant_has_training_defaults_and_is_named_in_the_help():
         for variant in table:
             with torch.device("meta"):
                 model = lf.create_model(arch, variant, 32)
-            assert not set(model.config) & set(train.FROM_VARIANT)
+            assert not set(model.config) & set(train.DEFAULTS[variant])
 
 
 def test_training_defaults_may_differ_by_arch(monkeypatch):
@@ -3270,7 +3298,7 @@ def test_training_defaults_may_differ_by_arch(monkeypatch):
     monkeypatch.setitem(train.DEFAULTS, ("unet", "nano"), row)
     for arch in lf.ARCHS:
         args = train.parse_arguments(["--arch", arch, "--variant", "nano"])
-        found = {name: getattr(args, name) for name in train.FROM_VARIANT}
+        found = {name: getattr(args, name) for name in row}
         assert found == (row if arch == "unet" else train.DEFAULTS["nano"])
 
 
@@ -3522,7 +3550,7 @@ def test_a_run_of_minutes_is_the_run_of_the_steps_that_it_chose(flags, here, mon
         train.main(command)
     steps = lf.load_checkpoint("run/ckpt.pt")["args"]["steps"]
     assert f"\n{steps} steps: one takes 500 ms" in capsys.readouterr().out and 60 < steps < 120
-    refused(train.main, [*command, "--resume", "--minutes", "2"], capsys, "started with --minutes 1.0")
+    refused(train.main, [*command, "--resume", "--minutes", "2"], capsys, "another --minutes, which")
     after_step(60, lambda model: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit):
         train.main([*SMALL, "--log_every", "5", "--out", "run", *flags, "--resume"])    # without --minutes

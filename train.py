@@ -78,7 +78,6 @@ DEFAULTS = {
     "large": {"steps": 100_000, "batch_size": 64, "lr": 1e-4, "sample_every": 1000},
     "512": {"steps": 100_000, "batch_size": 16, "lr": 2e-4, "sample_every": 1000},
 }
-FROM_VARIANT = "steps", "batch_size", "lr", "sample_every"    # what is in each row
 COMPILE_FROM = 2000, 5    # steps, minutes: a run of fewer would not win back what compiling takes
 
 
@@ -697,7 +696,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=Help)
 
     def error(self, message):
-        fail(message)
+        raise Refused(message)
 
 
 def fail(message):
@@ -1164,23 +1163,6 @@ def random_state(device, state=None):
     return {**states, device.type: backend.get_rng_state()} if backend else states
 
 
-# What a resumed run may change: nothing that moves the weights by more than rounding, but steps
-MAY_CHANGE = {"steps", "epochs", "minutes", "grad_accum", "log_every", "sample_every", "save_every",
-              "device", "compile", "split", "data_dir", "taesd_dir", "out", "resume", "overwrite"}
-
-
-def typed(name, value):
-    """An argument as it is typed on the command line, or "no --name"."""
-    if value is None or value is False or value == []:
-        return f"no --{name}"
-    if name == "override":
-        return " ".join(f"--override {key}={option}" for key, option in value)
-    if name == "physics":
-        weights = ",".join(f"{key}={weight}" for key, weight in value.items())
-        return f"--physics {weights or 'off'}"
-    return f"--{name}" if value is True else f"--{name} {value}"
-
-
 def load_state(path):
     """A checkpoint of train.py. ValueError or FileNotFoundError, naming it, if it is not one."""
     with user_data():
@@ -1217,34 +1199,44 @@ def check_same_pictures(state, data):
                       f"{len(data)}{': ' if differ else ''}{', '.join(differ)}")
 
 
-def load_run(args):
-    """The checkpoint in --out, if it is of a run with these arguments; ValueError that names those
-    that differ. None if nothing was saved there yet.
+# What a resumed run may change: nothing that moves the weights by more than rounding, but steps
+MAY_CHANGE = {"steps", "epochs", "grad_accum", "log_every", "sample_every", "save_every", "device",
+              "compile", "data_dir", "taesd_dir", "out", "resume", "overwrite"}
 
-    What is in FROM_VARIANT, and the minutes, become those of the run if they were not given. An
-    option that is newer than the run had its default then.
+
+def as_typed(name, value):
+    """The words of a command line that give an argument this value."""
+    if name == "override":
+        return [f"--override={key}={option!r}" for key, option in value]
+    if name == "physics":
+        value = ",".join(f"{term}={weight}" for term, weight in value.items()) or "off"
+    if value is None or value is False:
+        return []
+    return [f"--{name}" if value is True else f"--{name}={value}"]
+
+
+def load_run(path, argv):
+    """(arguments, state) of the run in a checkpoint: as it was started, but for what is in argv.
+
+    Refused if that would make it another run, or if what the file holds are no such arguments.
     """
-    path = Path(args.out) / "ckpt.pt"
-    if not path.exists():
-        if not RANK:
-            say(f"{path.parent}: nothing was saved yet; starting from the beginning")
-        return None
-    state, default = load_state(path), make_parser().get_default
-    was = {name: state["args"].get(name, default(name)) for name in vars(args)}
-    was["override"] = sorted(dict(was["override"]).items())
-    args.split = state["args"].get("split", "order")    # a run keeps its rule
-    if args.minutes not in (None, was["minutes"]):
-        raise Refused(f"{path} was started with {typed('minutes', was['minutes'])}: resume it so")
-    if not (args.steps or args.epochs):
-        args.minutes = was["minutes"]
-    for name in FROM_VARIANT:
-        if getattr(args, name) is None and not (name == "steps" and args.epochs):
-            setattr(args, name, was[name])
-    differ = [name for name in was if name not in MAY_CHANGE and was[name] != getattr(args, name)]
+    state, parser = load_state(path), make_parser()
+    was = parser.parse_args([])    # an option that is newer than the run had its default then
+    try:    # all are typed once more, and so checked; one by one, as --steps forbids --minutes
+        for name, value in state["args"].items():
+            if name in vars(was) and name not in ("epochs", "out", "resume", "overwrite", "split"):
+                was = parser.parse_args(as_typed(name, value), was)
+        was.out, was.split = str(path.parent), state["args"].get("split", "order")    # its rule
+        was = filled_in(was)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise Refused(f"{path}: its args are not as train.py writes them ({error})") from None
+    args = filled_in(parser.parse_args(argv, copy.copy(was)))
+    differ = [f"--{name}" for name, value in vars(was).items()
+              if name not in MAY_CHANGE and value != getattr(args, name)]
     if differ:
-        told = ", ".join(typed(name, was[name]) for name in differ)
-        raise Refused(f"{path} was started with {told}: resume it so")
-    return state
+        raise Refused(f"{path} was started with another {', '.join(differ)}, which a run keeps: "
+                      "leave out what is not as it was")
+    return args, state
 
 
 def check_goes_on(state, args, data):
@@ -1615,18 +1607,28 @@ def make_parser():
     add("--log_every", type=number(int, 1), default=50, help="steps between rows of log.csv")
     add("--sample_every", type=number(int, 1), help="steps between sample pictures and tests")
     add("--save_every", type=number(int, 1), default=500, help="steps between checkpoints")
+    parser.set_defaults(split="names")    # how pictures are held out; see load_run()
     return parser
 
 
+def default_out(args):
+    """The folder of a run whose --out is not given."""
+    return f"runs/{args.arch}-{args.variant}-{args.dataset}"
+
+
 def parse_arguments(argv=None):
-    """The command line; what is not given takes the default of its variant or, resumed, its run."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
+    """The arguments of a new run; what is not given takes the default of its variant."""
+    return filled_in(make_parser().parse_args(argv))
+
+
+def filled_in(args):
+    """Gives what is still None its default, and checks what belongs together."""
     if args.variant not in VARIANTS[args.arch]:
-        parser.error(f"--variant {args.variant}: {args.arch} comes as "
-                     f"{', '.join(VARIANTS[args.arch])}")
-    if not args.resume:
-        fill_in(args)
+        raise Refused(f"--variant {args.variant}: {args.arch} comes as "
+                      f"{', '.join(VARIANTS[args.arch])}")
+    for name, value in DEFAULTS.get((args.arch, args.variant), DEFAULTS[args.variant]).items():
+        if getattr(args, name) is None and not (name == "steps" and args.minutes):    # see train()
+            setattr(args, name, value)
     args.override = sorted(dict(args.override).items())    # the last of a name, in any order
     args.process = args.process or PROCESS_OF[args.arch]
     made_for_latents = args.arch == "mamba" and args.image_size >= LATENTS_FROM
@@ -1634,33 +1636,31 @@ def parse_arguments(argv=None):
     if args.physics is None:
         args.physics = physics_weights("on" if args.latents == "off" else "off")
     if args.latents != "off" and args.image_size % 8:
-        parser.error(f"--image_size {args.image_size}: latents need a multiple of 8")
+        raise Refused(f"--image_size {args.image_size}: latents need a multiple of 8")
     if args.latents == "off" and args.taesd_dir:
-        parser.error("--taesd_dir is for --latents, which are off")
+        raise Refused("--taesd_dir is for --latents, which are off")
     if args.dataset == "shapes" and args.data_dir:
-        parser.error(f"--data_dir {args.data_dir}: --dataset shapes reads no pictures; --dataset "
-                     "folder does")
-    args.split = "names"    # how pictures are held out; see load_run
-    args.out = args.out or f"runs/{args.arch}-{args.variant}-{args.dataset}"
+        raise Refused(f"--data_dir {args.data_dir}: --dataset shapes reads no pictures; --dataset "
+                      "folder does")
+    args.out = args.out or default_out(args)
     return args
 
 
-def fill_in(args):
-    """Gives what was not given the defaults of the variant; --minutes decides on steps later."""
-    for name in FROM_VARIANT:
-        if getattr(args, name) is None and not (name == "steps" and args.minutes):
-            row = DEFAULTS.get((args.arch, args.variant), DEFAULTS[args.variant])
-            setattr(args, name, row[name])
+def run(argv):
+    """Trains what the command line asks for, in a folder that is nobody else's for as long."""
+    args = make_parser().parse_args(argv)
+    out = Path(args.out or default_out(args))
+    with contextlib.nullcontext() if RANK else owned(out):
+        if args.resume and (out / "ckpt.pt").exists():
+            set_up_and_train(*load_run(out / "ckpt.pt", argv))
+        else:
+            if args.resume and not RANK:
+                say(f"{out}: nothing was saved yet; starting from the beginning")
+            set_up_and_train(filled_in(args))
 
 
-def run(args):
-    """Trains what the arguments ask for, in a folder that is nobody else's for as long."""
-    with contextlib.nullcontext() if RANK else owned(Path(args.out)):
-        set_up_and_train(args)
-
-
-def set_up_and_train(args):
-    """Sets up what the arguments ask for, says what it is, and trains it."""
+def set_up_and_train(args, state=None):
+    """Sets up what the arguments ask for, says what it is, and trains it; state: see train()."""
     start = time.monotonic()
     torch.manual_seed(args.seed)
     # glibc hands freed memory back to the system after every step and asks for it again, page by
@@ -1676,8 +1676,6 @@ def set_up_and_train(args):
             (out / "samples").resolve().is_relative_to(Path(args.data_dir).resolve())):
         raise Refused(f"--out {out} is inside --data_dir {args.data_dir}: the run would train "
                       "on its own samples")
-    state = load_run(args) if args.resume else None
-    fill_in(args)    # for a run that is to be resumed, and was never saved
     if args.batch_size % (WORLD * args.grad_accum):
         raise Refused(f"--batch_size {args.batch_size} is no multiple of {WORLD} processes "
                       f"times --grad_accum {args.grad_accum}")
@@ -1736,10 +1734,10 @@ def set_up_and_train(args):
         f"{out / 'ckpt.pt'}; next: python sample.py --ckpt {shlex.quote(str(out / 'ckpt.pt'))}")
 
 
-def guarded(program, args, smaller):
-    """program(args); what a user can mend is a line and exit code 2. smaller: to save memory."""
+def guarded(program, argv, smaller):
+    """program(argv); what a user can mend is a line and exit code 2. smaller: to save memory."""
     try:
-        program(args)
+        program(argv)
     except (Refused, OSError) as error:
         fail(error)
     except (RuntimeError, MemoryError) as error:
@@ -1754,8 +1752,8 @@ def guarded(program, args, smaller):
 
 def main(argv=None):
     """Runs the command line."""
-    guarded(run, parse_arguments(argv), "--grad_accum 2, or a smaller --batch_size, --image_size "
-                                        "or --variant, needs less")
+    guarded(run, argv, "--grad_accum 2, or a smaller --batch_size, --image_size or --variant, needs "
+                       "less")
 
 
 if __name__ == "__main__":
