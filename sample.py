@@ -31,26 +31,19 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from liquidflow import (
-    PROCESSES, SAMPLERS, TAESD_FILES, ParallelCfC, create_model, sides, total_variation, walk,
-    write_whole,
-)
-from train import (
-    DATASETS, LARGEST, SAMPLER_OF, TEST_SEED, Parser, Precision, Progress, Refused,
-    check_same_pictures, decoded, duration, fit_picture, grid_picture, guarded, load_state,
-    load_taesd, number, open_picture, pick_device, sampler_options, say, scaled, split, user_data,
-)
+import liquidflow as lf
+import train
 
 EXPORT_GAP = 1e-3    # the largest error of an exported model that is let through
 
 
 def trusted(path, state, args, name):
-    """A folder that a checkpoint remembers is followed only inside its own one, or if it is typed."""
+    """A folder that a checkpoint remembers is followed only inside its own one, or if typed."""
     remembered = state["args"].get(name)
     if remembered and getattr(args, name) is None:
         if not Path(remembered).resolve().is_relative_to(Path(path).resolve().parent):
-            raise Refused(f"{path} was trained with --{name} {remembered}: give --{name}, that folder "
-                          "if you trust it, or another one")
+            raise train.Refused(f"{path} was trained with --{name} {remembered}: give --{name}, that "
+                                "folder if you trust it, or another one")
         setattr(args, name, remembered)
 
 
@@ -69,35 +62,35 @@ def load_model(path, device):
     ValueError or FileNotFoundError, naming the file, where it is missing, damaged, of another
     version, or not a run's checkpoint at all.
     """
-    state = load_state(path)
+    state = train.load_state(path)
     try:
-        if max(sides(state["config"]["image_size"])) > LARGEST:
-            raise ValueError(f"pictures of more than {LARGEST} pixels a side")
+        if max(lf.sides(state["config"]["image_size"])) > train.LARGEST:
+            raise ValueError(f"pictures of more than {train.LARGEST} pixels a side")
         with torch.device("meta"):    # which takes no memory: is it as large as it says?
-            shapes = {k: v.shape for k, v in create_model(**state["config"]).state_dict().items()}
-        if shapes != {name: value.shape for name, value in state["ema"].items()}:
+            empty = lf.create_model(**state["config"]).state_dict()
+        if {k: v.shape for k, v in empty.items()} != {k: v.shape for k, v in state["ema"].items()}:
             raise ValueError("its weights are not those of its config")
-        model = create_model(**state["config"])
+        model = lf.create_model(**state["config"])
         model.load_state_dict(state["ema"])
-        process = PROCESSES[state["process"]]()
+        process = lf.PROCESSES[state["process"]]()
         latents, args = state["latents"], state["args"]
         classes, marks, pictures = state["classes"], state.get("marks"), state["pictures"]
         channels = model.config["in_channels"], 1, 1
-        known = [type(args) is dict and args["dataset"] in DATASETS,
+        known = [type(args) is dict and args["dataset"] in train.DATASETS,
                  all(isinstance(args.get(name), str | None) for name in ("data_dir", "taesd_dir")),
                  all(isinstance(args.get(name), int | None) for name in ("max_images", "seed")),
                  type(state["step"]) is type(pictures) is int and pictures > 0,
                  type(classes) in (list, tuple) and all(type(name) is str for name in classes),
                  model.config["num_classes"] in (0, len(classes)),
                  marks is None or marks.shape == (pictures, 2) and not marks.is_floating_point(),
-                 latents is None or latents["name"] in TAESD_FILES and latents["limit"] > 0 and all(
-                     latents[name].shape == channels for name in ("mean", "std"))]
+                 latents is None or latents["name"] in lf.TAESD_FILES and latents["limit"] > 0
+                 and latents["mean"].shape == latents["std"].shape == channels]
         if not all(known):
             raise ValueError("its args, classes, counts or latents are not as train.py writes them")
         return model.to(device).eval(), process, state
     except (KeyError, TypeError, RuntimeError, ValueError, AttributeError) as error:
         reason = str(error).split("\n")[0]    # a line, where load_state_dict lists every weight
-        raise Refused(f"{path}: its contents do not fit together ({reason})") from None
+        raise train.Refused(f"{path}: its contents do not fit together ({reason})") from None
 
 
 def draw_noise(n, shape, seed):
@@ -117,12 +110,12 @@ def wanted(args, classes, data):
         held_out = data.held_out[:args.evaluate]
         return data.labels[held_out.to(data.labels.device)], None
     numbers = {str(i): i for i in range(len(classes))}
-    numbers.update({normalize("NFC", name): i for i, name in enumerate(classes)})    # before a number
+    numbers.update({normalize("NFC", name): i for i, name in enumerate(classes)})    # go first
     args.label, classes = ([normalize("NFC", name) for name in names or []]
                            for names in (args.label, classes))
     for name in args.label:
         if name not in numbers:
-            raise Refused(f"--label {name}: this model knows {', '.join(classes)}")
+            raise train.Refused(f"--label {name}: this model knows {', '.join(classes)}")
     rows = [numbers[name] for name in args.label or classes[:args.n]]
     each = math.ceil(args.n / len(rows))
     return torch.tensor(rows).repeat_interleave(each), each if min(len(rows), each) > 1 else None
@@ -136,7 +129,7 @@ def draw(model, process, sampler, noise, y, args, picture_of, watch):
     """
     parts, pictures = noise.split(args.batch_size), []
     labels = [None] * len(parts) if y is None else y.split(args.batch_size)
-    progress = Progress("step", args.steps * len(parts))
+    progress = train.Progress("step", args.steps * len(parts))
     # Picture i gets fresh noise of its own, other than draw_noise's, however many are drawn
     fresh = [torch.Generator().manual_seed(int(np.random.SeedSequence([args.seed, i])
                                                .generate_state(1)[0])) for i in range(len(noise))]
@@ -159,23 +152,23 @@ def reconstruct(args, device):
     its pictures look bad.
     """
     size = args.image_size or 128
-    taesd = load_taesd(args.latents or "taesd", args.taesd_dir, device)
+    taesd = train.load_taesd(args.latents or "taesd", args.taesd_dir, device)
     rows, total = [], 0.0
     for path in args.reconstruct:
         try:
-            picture = fit_picture(open_picture(Path(path).read_bytes()), size)
+            picture = train.fit_picture(train.open_picture(Path(path).read_bytes()), size)
         except Exception as error:    # noqa: BLE001 - decoders fail in many ways
-            raise Refused(f"{path}: not a picture that can be read ({error})") from None
-        before = scaled(picture)[None]                                         # (1, 3, H, W)
-        with torch.no_grad(), user_data():
+            raise train.Refused(f"{path}: not a picture that can be read ({error})") from None
+        before = train.scaled(picture)[None]                                   # (1, 3, H, W)
+        with torch.no_grad(), train.user_data():
             after = taesd.decode(taesd.encode(before.to(device))).cpu()
         psnr = -10 * math.log10(max((after - before).square().mean().item() / 4, 1e-10))
-        say(f"{path}: PSNR {psnr:.1f} dB at {size}x{size}")
+        train.say(f"{path}: PSNR {psnr:.1f} dB at {size}x{size}")
         rows, total = [*rows, before, after], total + psnr
-    say(f"mean PSNR of {len(args.reconstruct)}: {total / len(args.reconstruct):.1f} dB")
-    grid = grid_picture(torch.cat(rows), 2 * math.ceil(math.sqrt(len(args.reconstruct) / 2)))
-    write_whole(args.out, lambda file: grid.save(file, "PNG"))
-    say(f"{args.out}: pairs of before and after")
+    train.say(f"mean PSNR of {len(args.reconstruct)}: {total / len(args.reconstruct):.1f} dB")
+    grid = train.grid_picture(torch.cat(rows), 2 * math.ceil(math.sqrt(len(args.reconstruct) / 2)))
+    lf.write_whole(args.out, lambda file: grid.save(file, "PNG"))
+    train.say(f"{args.out}: pairs of before and after")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -187,7 +180,7 @@ def reconstruct(args, device):
 
 def fixed_normal(*shape):
     """Normal numbers that are the same in every run."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(TEST_SEED))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(train.TEST_SEED))
 
 
 def wasserstein(a, b):
@@ -225,7 +218,7 @@ def random_features(pictures):
     The mean of each channel tells what there is and not where. That random filters know textures:
     Ustyuzhaninov et al. (2016), "Texture Synthesis Using Shallow Convolutional Networks ...".
     """
-    each = torch.Generator().manual_seed(TEST_SEED)    # other numbers for every layer
+    each = torch.Generator().manual_seed(train.TEST_SEED)    # other numbers for every layer
     weights = [torch.randn(wide, narrow, 3, 3, generator=each) * math.sqrt(2 / (9 * narrow))
                for narrow, wide in ((3, 32), (32, 64), (64, 128))]
     weights[0] -= weights[0].mean((2, 3), keepdim=True)
@@ -246,7 +239,7 @@ DISTANCES = {
                       "how strong waves of each length are"),
     "colours": (lambda p, q: wasserstein(*(x.movedim(1, 3).reshape(-1, 3) for x in (p, q))),
                 "how often there is each shade of red, green, blue"),
-    "total variation": (lambda p, q: wasserstein(*(total_variation(x)[:, None] for x in (p, q))),
+    "total variation": (lambda p, q: wasserstein(*(lf.total_variation(x)[:, None] for x in (p, q))),
                         "how many pictures are smooth, how many busy"),
     "pixels, sliced": (lambda p, q: sliced(p.flatten(1), q.flatten(1)),
                        "where in a picture it is light or dark"),
@@ -264,7 +257,7 @@ def nearest(pictures, data, indices):
     x = pictures.flatten(1)                                                          # (n, d)
     order = indices.split(max(8, 2**21 // x.shape[1]))    # 8 MiB of pictures at a time
     best, which = x.new_full((len(x),), math.inf), torch.zeros(len(x), dtype=torch.long)
-    progress, done = Progress("comparing", len(indices)), 0
+    progress, done = train.Progress("comparing", len(indices)), 0
     for part in order:
         y = data[part].flatten(1)                                                    # (B, d)
         values, places = (y.square().sum(1) - 2 * (x @ y.T)).min(1)                  # (n,) each
@@ -286,17 +279,17 @@ def data_of(path, state, args, device):
     """
     old = argparse.Namespace(**{"max_images": None, "seed": 0, "split": "order", **state["args"]})
     old.image_size = state["config"]["image_size"] * (8 if state["latents"] else 1)
-    held_out = len(split(torch.arange(state["pictures"]))[1])
+    held_out = len(train.split(torch.arange(state["pictures"]))[1])
     if args.evaluate > held_out:
-        raise Refused(f"--evaluate {args.evaluate}: the run has {held_out} held-out pictures to "
-                      "compare with, and as many samples are drawn")
+        raise train.Refused(f"--evaluate {args.evaluate}: the run has {held_out} held-out pictures "
+                            "to compare with, and as many samples are drawn")
     trusted(path, state, args, "data_dir")
     old.data_dir, old.out = args.data_dir, Path(path).parent
     if old.data_dir and not Path(old.data_dir).is_dir():
-        raise Refused(f"there is no folder {old.data_dir}: tell with --data_dir where the "
-                      "pictures lie that the run was trained on")
-    data = DATASETS[old.dataset](old, device)
-    check_same_pictures(state, data)
+        raise train.Refused(f"there is no folder {old.data_dir}: tell with --data_dir where the "
+                            "pictures lie that the run was trained on")
+    data = train.DATASETS[old.dataset](old, device)
+    train.check_same_pictures(state, data)
     return data
 
 
@@ -312,10 +305,10 @@ def evaluate(samples, data, device):
             for name, (distance, sees) in DISTANCES.items()]
     rows.append(("nearest training", *both.median(1).values.tolist(),
                  "copies, where far below that of real pictures"))
-    say(f"{n} samples beside {n} held-out pictures; real: real pictures in their place\n"
-        f"{'in shades of 255':<18}{'samples':>9}{'real':>9}   what it sees")
+    train.say(f"{n} samples beside {n} held-out pictures; real: real pictures in their place\n"
+              f"{'in shades of 255':<18}{'samples':>9}{'real':>9}   what it sees")
     for name, ours, theirs, sees in rows:
-        say(f"{name:<18}{ours:9.2f}{theirs:9.2f}   {sees}")
+        train.say(f"{name:<18}{ours:9.2f}{theirs:9.2f}   {sees}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -337,11 +330,11 @@ class Gates:
     def __init__(self, model, steps):
         self.layers = {}
         for name, module in model.named_modules():
-            if isinstance(module, ParallelCfC):    # blocks.0.cfc_in.cfc is to be called block 0 in
+            if isinstance(module, lf.ParallelCfC):    # blocks.0.cfc_in.cfc is called block 0 in
                 name = name.replace("blocks", "block").replace(".cfc_", " ").replace(".cfc", "")
                 self.layers[name.replace(".", " ", 1)] = module
         if not self.layers:
-            raise Refused("--gates: this model has no CfC, and so no gates")
+            raise train.Refused("--gates: this model has no CfC, and so no gates")
         self.moments = sorted({round(i * (steps - 1) / 5) for i in range(6)})
         self.latest, self.maps, self.guesses = {}, {}, {}
         self.means, self.single = ([[] for _ in range(steps)] for _ in range(2))
@@ -446,7 +439,7 @@ def gates_picture(gates, times):
     write(left, 103, "Maps: where the gate is open in the picture above")
     for i, moment in enumerate(gates.moments):
         x = right + i * (tile + gap)
-        guess = grid_picture(gates.guesses[moment][None])
+        guess = train.grid_picture(gates.guesses[moment][None])
         page.paste(guess.resize((tile, tile), Image.Resampling.BOX), (x, 24))
         write(x + tile / 2, 8, f"t = {times[moment]:.2f}", 0.5)
 
@@ -534,10 +527,10 @@ def export(path, model, process, taesd, state):
         for name in ("onnx", "onnxscript", "onnxruntime") if suffix == ".onnx" else ():
             importlib.import_module(name)
     except ImportError as error:
-        raise Refused(f"--export {path}: {error}; pip install onnx onnxscript onnxruntime, or "
-                      "export a .pt2, which needs none of them") from None
+        raise train.Refused(f"--export {path}: {error}; pip install onnx onnxscript onnxruntime, "
+                            "or export a .pt2, which needs none of them") from None
     latents, classes = state["latents"], model.config["num_classes"]
-    shape = model.config["in_channels"], *sides(model.config["image_size"])
+    shape = model.config["in_channels"], *lf.sides(model.config["image_size"])
 
     def example(n):
         """Inputs for n pictures: noise, times from 1 down, labels up to the null class."""
@@ -560,48 +553,48 @@ def export(path, model, process, taesd, state):
                 gaps = [(again(v) - module(*v.values())).abs().max() for v in others]
         except Exception as error:    # noqa: BLE001 - exporters fail in many ways
             reason = str(error).strip().split("\n")[0]
-            raise Refused(f"{target}: torch {torch.__version__} cannot export this model "
-                          f"({type(error).__name__}: {reason}); a newer one may") from None
+            raise train.Refused(f"{target}: torch {torch.__version__} cannot export this model "
+                                f"({type(error).__name__}: {reason}); a newer one may") from None
         gap = torch.stack(gaps).max().item()    # nan if one of them is
         if not gap <= EXPORT_GAP:
-            raise Refused(f"{target}: not written: its answers are up to {gap:.1e} from the "
-                          f"model's, and {EXPORT_GAP:.0e} is allowed")
+            raise train.Refused(f"{target}: not written: its answers are up to {gap:.1e} from the "
+                                f"model's, and {EXPORT_GAP:.0e} is allowed")
         halves = 2 * sum(value.numel() for value in module.state_dict().values())
         line = (f"{target}: {', '.join(names)} -> {output}; {len(data) / 2**20:.2f} MiB in fp32, "
                 f"its weights in fp16 would take {halves / 2**20:.2f} MiB; largest difference from "
                 f"the model {gap:.1e}")
         made.append((target, data, line))
     for target, data, line in made:
-        write_whole(target, lambda file, data=data: file.write(data))
-        say(line)
+        lf.write_whole(target, lambda file, data=data: file.write(data))
+        train.say(line)
     if classes:
         known = (f"{i} {name}" for i, name in enumerate((*state["classes"], "any")))
-        say(f"y: {', '.join(known)}")
+        train.say(f"y: {', '.join(known)}")
     if process.predicts == "noise":
-        limit = sampler_options(SAMPLER_OF["noise"], latents)["clip"]
-        say(f"for DDIM: the largest |x0| that is believed is {limit:.4f}")
+        limit = train.sampler_options(train.SAMPLER_OF["noise"], latents)["clip"]
+        train.say(f"for DDIM: the largest |x0| that is believed is {limit:.4f}")
 
 
 def parse_arguments(argv=None):
     """The command line; sampler and steps depend on the checkpoint and are filled in by run()."""
-    parser = Parser(description="Draw pictures with a trained LiquidFlow model.")
+    parser = train.Parser(description="Draw pictures with a trained LiquidFlow model.")
     add = parser.add_argument
     add("--ckpt", help="a checkpoint; the newest below runs/ if not given")
-    add("--n", type=number(int, 1), default=36,
+    add("--n", type=train.number(int, 1), default=36,
         help="how many pictures; with labels rounded up, to rows of the same length")
-    add("--batch_size", type=number(int, 1), default=64, help="how many at once")
-    add("--steps", type=number(int, 1), default=50, help="more is better and slower")
-    add("--sampler", choices=SAMPLERS, help="euler for flows and ddim for diffusion if not given")
+    add("--batch_size", type=train.number(int, 1), default=64, help="how many at once")
+    add("--steps", type=train.number(int, 1), default=50, help="more is better and slower")
+    add("--sampler", choices=lf.SAMPLERS, help="euler for flows, ddim for diffusion if not given")
     add("--label", nargs="+", metavar="CLASS", help="what to draw, by name or number: a row of "
         "each; every class, if not given. For models that were trained with --labels")
-    add("--cfg", type=number(float, 0), help="guidance: 0 ignores the label, 1 is the plain "
+    add("--cfg", type=train.number(float, 0), help="guidance: 0 ignores the label, 1 is the plain "
         "model, more exaggerates the class; 2 if not given, 1 for --evaluate")
-    add("--eta", type=number(float, 0, 1), default=0.0, help="for ddim: fresh noise, 0 to 1")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="same seed, same pictures")
+    add("--eta", type=train.number(float, 0, 1), default=0.0, help="for ddim: fresh noise, 0 to 1")
+    add("--seed", type=train.number(int, 0, 2**63 - 1), default=0, help="same seed, same pictures")
     add("--out", default="samples.png", help="where the grid goes")
     add("--gif", help="also write the path from noise to picture, as an animated GIF")
     add("--gates", help="also draw how far the gates of the liquid layers open, as a PNG")
-    add("--evaluate", type=number(int, 1), metavar="N",
+    add("--evaluate", type=train.number(int, 1), metavar="N",
         help="draw N samples instead, measure how far they are from N held-out pictures, and show "
              "the first --n")
     add("--data_dir", help="where the pictures lie that were trained on, for --evaluate")
@@ -610,9 +603,9 @@ def parse_arguments(argv=None):
         help="no samples: what an autoencoder alone does to these pictures")
     add("--export", metavar="FILE", help="no samples: the model for other programs, as an .onnx or "
                                          ".pt2 file; a decoder of latents goes beside it")
-    add("--latents", choices=TAESD_FILES, help="which autoencoder is to --reconstruct; taesd if "
+    add("--latents", choices=lf.TAESD_FILES, help="which autoencoder is to --reconstruct; taesd if "
                                                "not given")
-    add("--image_size", type=number(int, 8), help="at which size; 128 if not given")
+    add("--image_size", type=train.number(int, 8), help="at which size; 128 if not given")
     add("--amp", choices=["auto", "off", "fp16", "bf16"], default="auto",
         help="half precision for the model; auto: on a GPU, what it is good at")
     add("--device", default="auto", help="cpu, cuda, mps, or the fastest there is")
@@ -641,47 +634,47 @@ def run(argv):
                             (args.export, ".onnx", ".pt2")):
         if path is not None and (Path(path).suffix.lower() not in suffixes or Path(path).is_dir()
                                  or not Path(path).parent.is_dir()):
-            raise Refused(f"{path!r}: give a file ending in {' or '.join(suffixes)}, in a "
-                          "folder that exists")
+            raise train.Refused(f"{path!r}: give a file ending in {' or '.join(suffixes)}, in a "
+                                "folder that exists")
     if args.gates and Path(args.gates).resolve() == Path(args.out).resolve():
-        raise Refused(f"--gates {args.gates}: is where --out goes; give it another name")
-    device = pick_device("cpu" if args.export else args.device)    # a file would remember which
+        raise train.Refused(f"--gates {args.gates}: is where --out goes; give it another name")
+    device = train.pick_device("cpu" if args.export else args.device)    # files name it
     if args.reconstruct:
         return reconstruct(args, device)
     path = args.ckpt or newest_checkpoint()
     model, process, state = load_model(path, device)
     latents = state["latents"]
     if args.taesd_dir and not latents:
-        raise Refused(f"--taesd_dir is for models of latents; {path} draws pixels")
+        raise train.Refused(f"--taesd_dir is for models of latents; {path} draws pixels")
     if latents:
         trusted(path, state, args, "taesd_dir")
-    taesd = load_taesd(latents["name"], args.taesd_dir, device) if latents else None
+    taesd = train.load_taesd(latents["name"], args.taesd_dir, device) if latents else None
     if args.export:
         return export(Path(args.export), model, process, taesd, state)
 
     # On a GPU half precision is quicker; hardly a pixel moves by more than a grey level (README)
-    model.forward = Precision(args.amp, device).autocast()(model.forward)
+    model.forward = train.Precision(args.amp, device).autocast()(model.forward)
 
     def picture_of(x):
         """What the model drew -> pictures (n, 3, H, W) on the CPU."""
-        return decoded(x, taesd, latents).cpu()
+        return train.decoded(x, taesd, latents).cpu()
 
-    name = args.sampler or SAMPLER_OF[process.predicts]
-    with user_data():    # before anything is drawn: can it follow this process in so many steps?
-        walk(process, args.steps, SAMPLERS[name].follows)
-    options = sampler_options(name, latents)
+    name = args.sampler or train.SAMPLER_OF[process.predicts]
+    with train.user_data():    # before anything is drawn: can it follow this process so finely?
+        lf.walk(process, args.steps, lf.SAMPLERS[name].follows)
+    options = train.sampler_options(name, latents)
     if args.eta:
-        noisy = [name for name, draws in SAMPLERS.items()
+        noisy = [name for name, draws in lf.SAMPLERS.items()
                  if "eta" in inspect.signature(draws).parameters]
         if name not in noisy:
-            raise Refused(f"--eta {args.eta}: only --sampler {' or '.join(noisy)} draws fresh "
-                          f"noise, not {name}")
+            raise train.Refused(f"--eta {args.eta}: only --sampler {' or '.join(noisy)} draws "
+                                f"fresh noise, not {name}")
         options["eta"] = args.eta
 
     classes = model.config["num_classes"]
     if not classes and (args.label or args.cfg is not None):
-        raise Refused(f"{path}: knows no classes; --label and --cfg need a model that was "
-                      "trained with --labels")
+        raise train.Refused(f"{path}: knows no classes; --label and --cfg need a model that was "
+                            "trained with --labels")
     data = data_of(path, state, args, device) if args.evaluate else None
     count, columns, y = args.evaluate or args.n, None, None
     if classes:
@@ -689,12 +682,12 @@ def run(argv):
         y, count, default = y.to(device), len(y), 1.0 if args.evaluate else 2.0
         options["cfg_scale"] = default if args.cfg is None else args.cfg
     shown = min(args.n, count) if args.evaluate else count
-    shape = model.config["in_channels"], *sides(model.config["image_size"])
+    shape = model.config["in_channels"], *lf.sides(model.config["image_size"])
     noise = draw_noise(count, shape, args.seed).to(device)
-    say(f"{path}: {model.config['arch']} {model.config['variant']}, step "
-        f"{state['step']}; {count} pictures in {args.steps} {name} steps on {device}")
+    train.say(f"{path}: {model.config['arch']} {model.config['variant']}, step "
+              f"{state['step']}; {count} pictures in {args.steps} {name} steps on {device}")
     start, frames = time.monotonic(), [[] for _ in range(args.steps)]
-    sampler = functools.partial(SAMPLERS[name], **options)
+    sampler = functools.partial(lf.SAMPLERS[name], **options)
     with Gates(model, args.steps) if args.gates else contextlib.nullcontext() as gates:
         def watch(step, x_t, x0_hat):
             if args.gif and (missing := shown - sum(map(len, frames[step]))) > 0:
@@ -704,28 +697,28 @@ def run(argv):
 
         pictures = draw(model, process, sampler, noise, y, args, picture_of, watch)
 
-    grid = grid_picture(pictures[:shown], columns)
-    write_whole(args.out, lambda file: grid.save(file, "PNG"))
+    grid = train.grid_picture(pictures[:shown], columns)
+    lf.write_whole(args.out, lambda file: grid.save(file, "PNG"))
     seconds = time.monotonic() - start
     rate = count / max(seconds, 1e-9)
-    say(f"{args.out}: {count} pictures in {duration(seconds)} ({rate:.1f} a second)")
+    train.say(f"{args.out}: {count} pictures in {train.duration(seconds)} ({rate:.1f} a second)")
     if args.gif:
-        images = [grid_picture(torch.cat(frame), columns) for frame in frames] + [grid]
+        images = [train.grid_picture(torch.cat(frame), columns) for frame in frames] + [grid]
         times = [max(20, 3000 // args.steps)] * args.steps + [2000]    # ms; rest on the last
-        write_whole(args.gif, lambda file: images[0].save(
+        lf.write_whole(args.gif, lambda file: images[0].save(
             file, "GIF", save_all=True, append_images=images[1:], duration=times, loop=0))
-        say(f"{args.gif}: the path from noise to picture, {len(images)} frames")
+        train.say(f"{args.gif}: the path from noise to picture, {len(images)} frames")
     if args.gates:
         page = gates_picture(gates, process.times(args.steps).tolist())
-        write_whole(args.gates, lambda file: page.save(file, "PNG"))
-        say(f"{args.gates}: the gates of {len(gates.layers)} liquid layers")
+        lf.write_whole(args.gates, lambda file: page.save(file, "PNG"))
+        train.say(f"{args.gates}: the gates of {len(gates.layers)} liquid layers")
     if args.evaluate:
         evaluate(pictures, data, device)
 
 
 def main(argv=None):
     """Runs the command line."""
-    guarded(run, argv, "a smaller --batch_size needs less")
+    train.guarded(run, argv, "a smaller --batch_size needs less")
 
 
 if __name__ == "__main__":

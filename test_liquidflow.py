@@ -71,8 +71,8 @@ def quick_and_on_the_cpu():
         signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background job ignores
         if hasattr(signal, "SIGHUP"):                               # the first, nohup the second
             signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        for module, real in (train, train.pick_device), (sample, sample.pick_device):
-            patch.setattr(module, "pick_device", lambda name, real=real: real("cpu" if name == "auto" else name))
+        real = train.pick_device
+        patch.setattr(train, "pick_device", lambda name: real("cpu" if name == "auto" else name))
         yield
 
 
@@ -1289,9 +1289,9 @@ def test_fresh_noise_of_a_picture_is_its_own(trained, here, monkeypatch):
         def forward(self, x, t, y=None):
             return gaussian_answer(flow)(x, t)
     Exact.config = {"num_classes": 0, "in_channels": 1, "image_size": 2, "arch": "exact", "variant": "1"}
-    monkeypatch.setattr(sample, "decoded", lambda x, *rest: x.expand(-1, 3, -1, -1))
+    monkeypatch.setattr(train, "decoded", lambda x, *rest: x.expand(-1, 3, -1, -1))
     for n, batch in (2000, 2000), (7, 7), (7, 3):
-        monkeypatch.setattr(sample, "grid_picture", lambda x, columns, key=(n, batch): (
+        monkeypatch.setattr(train, "grid_picture", lambda x, columns, key=(n, batch): (
             seen.update({key: x}), Image.new("RGB", (9, 9)))[1])
         sample.main(["--ckpt", str(trained / "patch/ckpt.pt"), "--sampler", "ddim", "--eta", "1", "--steps", "2",
                      "--n", str(n), "--batch_size", str(batch)])
@@ -1759,6 +1759,31 @@ def test_a_folder_says_what_it_found_and_what_it_left_out(tmp_path, capsys):
             "--dataset", "folder", "--data_dir", str(tmp_path), "--max_images", "7"]), CPU)) <= 7
         capsys.readouterr()
     assert shown.err.count("\n") == 3
+
+
+@pytest.mark.parametrize("names, classes", [
+    (["a/1", "b/2"], ["a", "b"]), (["deep/images/a/1", "deep/images/b/c/2"], ["a", "b"]), (["1", "a/2"], ["", "a"]),
+    (["x/1", "x/y/2"], ["", "y"]), (["x/y/1"] * 2, [""]), (["train/a/1", "val/a/2"], ["train", "val"])])
+def test_classes_are_the_first_folders_that_differ(names, classes, tmp_path, capsys):
+    for i, name in enumerate(names):
+        path = tmp_path / f"{name}{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random_pixels(i, 8, 8, 3)).save(path)
+    data = load_data("folder", tmp_path, 8)
+    assert list(data.classes) == classes and data.labels.tolist() == [0, len(classes) - 1]
+    assert data.names == [f"{name}{i}.png" for i, name in enumerate(names)]    # by which they are held out
+    warned = capsys.readouterr().err    # train/ and val/ hardly are what a user calls classes
+    assert warned.count("\n") == ("val" in classes) and ("train, val" in warned and f"{tmp_path}/train" in warned or not warned)
+
+
+def test_what_the_classes_are_called_matters_to_labels_alone(photographs, here, capsys):
+    command = [*SMALL, "--dataset", "folder", "--data_dir", "photographs", "--steps"]
+    for name, flags in ("plain", []), ("told", ["--labels"]):
+        train.main([*command, "1", "--out", name, *flags])
+        state = lf.load_checkpoint(f"{name}/ckpt.pt")
+        lf.save_checkpoint(f"{name}/ckpt.pt", {**state, "classes": ["other", "b"]})    # as others counted them
+    train.main([*command, "2", "--out", "plain", "--resume"])
+    refused(train.main, [*command, "2", "--out", "told", "--resume"], capsys, "classes other, b", "are a, b")
 
 
 def tiff_of(numbers):
@@ -2995,7 +3020,7 @@ def test_a_run_is_its_formulas(process, strong, here, monkeypatch, losses_asked)
         started.append(copy.deepcopy(model))
         return loop(args, model, *rest)
     monkeypatch.setattr(train, "train", begin)
-    monkeypatch.setattr(train, "SAMPLERS", dict.fromkeys(
+    monkeypatch.setattr(lf, "SAMPLERS", dict.fromkeys(
         lf.SAMPLERS, lambda model, process, noise, *rest, **options: noise))    # quicker
     torch.set_default_dtype(torch.float64)
     try:
@@ -3169,8 +3194,8 @@ def test_the_processor_asks_the_device_only_when_a_row_is_due(process, here, mon
     for name in "tolist", "numpy", "cpu":
         real = getattr(torch.Tensor, name)
         monkeypatch.setattr(torch.Tensor, name, lambda self, real=real: (asked.update([len(steps)]), real(self))[1])
-    update = train.EMA.update
-    monkeypatch.setattr(train.EMA, "update", lambda *a: (update(*a), steps.append(1)))
+    update = lf.EMA.update
+    monkeypatch.setattr(lf.EMA, "update", lambda *a: (update(*a), steps.append(1)))
     with Asked():
         train.main([*SMALL, "--steps", "30", "--log_every", "10", "--sample_every", "99",
                     "--save_every", "99", "--process", process, "--labels", "--out", "run"])
@@ -3443,14 +3468,14 @@ def test_runs_on_pictures_in_a_file_are_the_same_runs(photographs, here, monkeyp
     train.main([*options, "memory"])
     monkeypatch.setattr(train, "IN_MEMORY", 0)
     train.main([*options, "file"])
-    saved = train.save_checkpoint
+    saved = lf.save_checkpoint
 
     def stops(path, state):    # off in the middle of the second epoch
         saved(path, state)
         if state.get("step") == 4:
             raise KeyboardInterrupt
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(train, "save_checkpoint", stops)
+        patch.setattr(lf, "save_checkpoint", stops)
         train.main([*options, "cut", "--save_every", "4"])
     train.main([*options, "cut", "--resume"])
     memory, *others = (lf.load_checkpoint(f"{name}/ckpt.pt") for name in ("memory", "file", "cut"))
@@ -3802,7 +3827,7 @@ def test_evaluate_finds_its_pictures_again_or_says_so(photographs, here, monkeyp
     assert table_of(capsys.readouterr().out) == table
     picture = next(photographs.rglob("*.png"))
     picture.parent.rename(photographs / "other")    # would come in another order
-    refused(sample.main, [*arguments, "--data_dir", photographs], capsys, "classes", "other")
+    refused(sample.main, [*arguments, "--data_dir", photographs], capsys, "12 new (other/", "12 gone")
     (photographs / "other").rename(picture.parent)
     for path in photographs.rglob("*.png"):
         os.utime(path, (1, 1))    # new dates alone are no change

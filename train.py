@@ -48,10 +48,7 @@ try:
 except ImportError:    # Windows
     fcntl = None
 
-from liquidflow import (
-    ARCHS, EMA, MIXERS, PHYSICS, PROCESSES, SAMPLERS, SCANS, TAESD, TAESD_FILES, VARIANTS,
-    PhysicsLoss, create_model, load_checkpoint, save_checkpoint, sides, write_whole,
-)
+import liquidflow as lf
 
 CHECKPOINT_VERSION = 4      # raised whenever what a checkpoint holds changes its meaning
 RUN_FILES = "ckpt.pt", "log.csv", "samples/step_*.png"    # what a run writes into --out
@@ -126,7 +123,7 @@ def moved(tensor, device):
 
 
 def mark(content):
-    """str or bytes -> 64 bits of its SHA-1, which no two pictures of a set will share, as an int."""
+    """str or bytes -> 64 bits of its SHA-1, which no two pictures of a set share, as an int."""
     if isinstance(content, str):
         content = content.encode(errors="surrogateescape")    # a file's name need be no UTF-8
     return int.from_bytes(hashlib.sha1(content).digest()[:8], "big", signed=True)
@@ -243,6 +240,7 @@ class Shapes(DataSet):
 
 FORMATS = "JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF"
 EXTENSIONS = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}    # no classes
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY    # long text is no reason to refuse
 
 
@@ -317,7 +315,7 @@ def files_below(folder, left_out, above=()):
 
 
 def folder(root, fit):
-    """Every picture below a folder; its sub-folders are classes."""
+    """Every picture below a folder; its sub-folders are classes, or those of its only sub-folder."""
     if not root or not root.is_dir():
         raise Refused("--dataset folder needs --data_dir, a folder of pictures"
                       + (f"; there is no folder {root}" if root else ""))
@@ -326,10 +324,15 @@ def folder(root, fit):
     if not source.paths:
         raise Refused(f"there is no picture in {root}; files ending in "
                       f"{' '.join(sorted(EXTENSIONS))} are looked for")
-    folders = [name.rpartition("/")[0].split("/")[0] for name in source.names]
-    classes = sorted(set(folders))
+    folders = [name.split("/")[:-1] for name in source.names]
+    above = len(os.path.commonprefix(folders))    # images, of images/cats/1.png, is no class
+    names = ["".join(folder[above:above + 1]) for folder in folders]
+    classes = sorted(set(names))
+    if len(classes) > 1 and SPLITS.issuperset(map(str.lower, classes)):
+        warn(f"{root}: its folders {', '.join(classes)} are read as classes, and held-out pictures "
+             f"are taken from all; for the pictures of one, give --data_dir {root / classes[0]}")
     number_of = {name: i for i, name in enumerate(classes)}
-    return source, [number_of[name] for name in folders], classes
+    return source, [number_of[name] for name in names], classes
 
 
 CIFAR_URLS = {    # the same files; their home, the last, has been very slow since June 2026
@@ -449,20 +452,40 @@ def decode(source, names, chosen, size, args, device, left_out):
     known = repr([args.dataset, size, [(names[i], *((stats[i].st_size, stats[i].st_mtime_ns)
                                                    if stats else ())) for i in chosen]])
     raw = Path(args.out).parent / f"pictures-{args.dataset}-{size}-{mark(known):+x}.bin"
-    if raw.exists() and raw.with_suffix(".pt").exists():
-        with user_data():
-            saved = load_checkpoint(raw.with_suffix(".pt"))
-        left_out.clear()
-        left_out.update(saved["left_out"])
-        say(f"pictures from {raw}")
-    else:
-        raw.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(raw, fill)
-        saved = {"kept": kept, "marks": torch.tensor(marks), "left_out": dict(left_out)}
-        save_checkpoint(raw.with_suffix(".pt"), saved)
-        say(f"pictures kept in {raw} ({raw.stat().st_size / 2**30:.1f} GiB)")
+    if not raw.exists():
+        raw.with_suffix(".pt").unlink(missing_ok=True)
+
+    def make():
+        lf.write_whole(raw, fill)
+        return {"kept": kept, "marks": torch.tensor(marks), "left_out": dict(left_out)}
+
+    saved = kept_beside(raw.with_suffix(".pt"), mark(known), "pictures", make)
+    left_out.clear()
+    left_out.update(saved["left_out"])
     images = torch.from_file(str(raw), shared=False, size=raw.stat().st_size, dtype=torch.uint8)
     return images.view(shape), saved["kept"], saved["marks"]
+
+
+def kept_beside(path, key, what, make):
+    """make(), a dict: from a file beside the run, or, where there is none, made and kept there.
+
+    key: of all that it is made from, which is in the file's name, too. Refused if the file holds
+    something else, or is damaged.
+    """
+    if path.exists():
+        with user_data():
+            saved = lf.load_checkpoint(path)
+        if not isinstance(saved, dict) or saved.get("key", key) != key:
+            raise Refused(f"{path}: {what} of other pictures, or made otherwise, than its name "
+                          "says; remove it, and they are made again")
+        say(f"{what} from {path}")
+        return saved
+    path.parent.mkdir(parents=True, exist_ok=True)
+    saved = {"key": key, **make()}
+    lf.save_checkpoint(path, saved)
+    size = sum(file.stat().st_size for file in path.parent.glob(f"{path.stem}.*"))
+    say(f"{what} kept in {path} ({size / 2**20:.0f} MiB)")
+    return saved
 
 
 def stored(make, side=math.inf, package=None, files=None, mirror=True):
@@ -568,9 +591,9 @@ def load_taesd(name, folder, device):
     """The autoencoder of that name, from a folder of the user's, or downloaded if that is None."""
     with user_data():
         if folder is None:
-            return TAESD.pretrained(name).to(device)
+            return lf.TAESD.pretrained(name).to(device)
         paths = (Path(folder) / f"{name}_{half}.pth" for half in ("encoder", "decoder"))
-        return TAESD.load(*paths).to(device)
+        return lf.TAESD.load(*paths).to(device)
 
 
 @torch.no_grad()
@@ -593,32 +616,16 @@ def encode_all(data, taesd, device, batch=16):
 
 
 def cached_latents(data, taesd, args, device):
-    """encode_all(data), from the file that a run on the same pictures left, or else into it.
-
-    The file's name has a key of all that makes the latents what they are: the pictures, their
-    size, and the encoder's weights. ValueError if it holds something else, or is damaged.
-    """
+    """encode_all(data), kept for other runs on the same pictures, of that size, by that encoder."""
     pictures = (f"{args.dataset} {args.seed} {len(data)}" if data.marks is None
                 else data.marks.tolist())
     made_from = f"{args.image_size} {pictures}".encode()
     for value in taesd.encoder.state_dict().values():
         made_from += value.cpu().numpy().tobytes()
     key = hashlib.sha1(made_from).hexdigest()
-    path = Path(args.out).parent / (
-        f"latents-{args.dataset}-{args.image_size}-{args.latents}-{key[:12]}.pt")
-    if path.exists():
-        with user_data():
-            saved = load_checkpoint(path)
-        if not isinstance(saved, dict) or saved.get("key") != key:
-            raise Refused(f"{path}: made from other pictures, or by another autoencoder, than "
-                          "its name says; remove it, and they are encoded again")
-        say(f"latents from {path}")
-        return saved["latents"]
-    latents = encode_all(data, taesd, device)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(path, {"key": key, "latents": latents})
-    say(f"latents kept in {path} ({path.stat().st_size / 2**20:.0f} MiB)")
-    return latents
+    name = f"latents-{args.dataset}-{args.image_size}-{args.latents}-{key[:12]}.pt"
+    return kept_beside(Path(args.out).parent / name, key, "latents",
+                       lambda: {"latents": encode_all(data, taesd, device)})["latents"]
 
 
 class Latents(DataSet):
@@ -669,7 +676,7 @@ def grid_picture(pictures, columns=None):
 
 def sampler_options(name, latents):
     """What a sampler is given beside model, process, noise and steps; latents as in decoded()."""
-    clips = "clip" in inspect.signature(SAMPLERS[name]).parameters
+    clips = "clip" in inspect.signature(lf.SAMPLERS[name]).parameters
     return {"clip": latents["limit"] if latents else 1.0} if clips else {}
 
 
@@ -864,19 +871,19 @@ def physics_weights(text):
     for part in [] if text == "off" else text.split(","):
         name, _, value = part.partition("=")
         if part == "on":
-            weights.update(PhysicsLoss.DEFAULT)
-        elif name in PHYSICS:
+            weights.update(lf.PhysicsLoss.DEFAULT)
+        elif name in lf.PHYSICS:
             weights[name] = number(float, 0)(value)
         else:
             raise argparse.ArgumentTypeError(
-                f"{part!r}: give on, off, or name=weight with names from {', '.join(PHYSICS)}")
+                f"{part!r}: give on, off, or name=weight with names from {', '.join(lf.PHYSICS)}")
     return weights
 
 
 def override(text):
     """--override: key=value -> (key, value); the value is a Python literal or else a string."""
     key, equals, value = text.partition("=")
-    if not equals or not key.isidentifier() or key in inspect.signature(create_model).parameters:
+    if not equals or not key.isidentifier() or key in inspect.signature(lf.create_model).parameters:
         raise argparse.ArgumentTypeError(f"{text!r} is not key=value, with an option of the model")
     try:
         return key, ast.literal_eval(value)
@@ -975,7 +982,7 @@ class Log:
         rows = csv.DictWriter(text, names)
         rows.writeheader()
         rows.writerows(kept)
-        write_whole(path, lambda file: file.write(text.getvalue().encode()))
+        lf.write_whole(path, lambda file: file.write(text.getvalue().encode()))
         self.waiting = []
         self.path, self.names = path, names
 
@@ -1110,7 +1117,7 @@ def compiled(model, args, size, precision):
     if args.compile == "off":
         return model, "not compiled"
     begin, config, device = time.monotonic(), model.config, next(model.parameters()).device
-    x = torch.zeros(size, config["in_channels"], *sides(config["image_size"]), device=device)
+    x = torch.zeros(size, config["in_channels"], *lf.sides(config["image_size"]), device=device)
     y = x.new_zeros(size, dtype=torch.long) if config["num_classes"] else None
     try:
         network = torch.compile(model)    # it shares the model's weights
@@ -1165,8 +1172,11 @@ def random_state(device, state=None):
 
 def load_state(path):
     """A checkpoint of train.py. ValueError or FileNotFoundError, naming it, if it is not one."""
+    if Path(path).suffix == ".safetensors":
+        raise Refused(f"{path}: safetensors hold weights alone; give the ckpt.pt of a run of "
+                      "train.py, which also says which model they are of")
     with user_data():
-        state = load_checkpoint(path)
+        state = lf.load_checkpoint(path)
     if not isinstance(state, dict) or "version" not in state:
         raise Refused(f"{path}: not a checkpoint of train.py")
     if state["version"] != CHECKPOINT_VERSION:
@@ -1178,9 +1188,10 @@ def load_state(path):
 def check_same_pictures(state, data):
     """Refused if a checkpoint's run had other pictures, or held out others, than data has.
 
-    Where and when its files lie does not matter, only their names below the folder and contents.
+    Where and when its files lie does not matter, only their names below the folder and contents;
+    and what the classes are called only to a model that was told of them.
     """
-    if list(state["classes"]) != list(data.classes):
+    if state["config"]["num_classes"] and list(state["classes"]) != list(data.classes):
         raise Refused(f"the run was started with the classes {', '.join(state['classes'])}, "
                       f"and here are {', '.join(data.classes)}")
     was, differ = state.get("marks"), []
@@ -1341,10 +1352,10 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
 
     decay is 0 but for matrices; a step whose gradient is not finite is left out.
     """
-    process = PROCESSES[args.process]()
+    process = lf.PROCESSES[args.process]()
     training, held_out = data.training, data.held_out
     optimizer = make_optimizer(model, args.lr, args.weight_decay, precision.device)
-    ema, physics = EMA(model, args.ema), PhysicsLoss(args.physics)
+    ema, physics = lf.EMA(model, args.ema), lf.PhysicsLoss(args.physics)
     out, device = Path(args.out), precision.device
     first = restore(state, model, ema, optimizer, precision) if state else 0
     # Every process takes grad_accum parts of a batch, one after the other
@@ -1369,7 +1380,7 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
     network = DistributedDataParallel(network, broadcast_buffers=False) if WORLD > 1 else network
 
     fixed = torch.Generator().manual_seed(TEST_SEED)    # for noise that never changes
-    shape = model.config["in_channels"], *sides(model.config["image_size"])
+    shape = model.config["in_channels"], *lf.sides(model.config["image_size"])
     test_noise = torch.randn(len(held_out), *shape, generator=fixed)
     sample_noise = torch.randn(36, *shape, generator=fixed).to(device)
     sample_labels = torch.arange(36, device=device) // 6 % classes if classes else None    # in rows
@@ -1387,12 +1398,13 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
             "version": CHECKPOINT_VERSION, "config": model.config, "process": args.process,
             "step": step, "classes": data.classes, "latents": data.latents, "args": vars(args),
             "pictures": len(data), "marks": data.marks, "ema": ema.model.state_dict(),
-            "updates": ema.updates, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-            "scaler": precision.scaler.state_dict(), "random": random_state(device)}
+            "updates": ema.updates, "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(), "scaler": precision.scaler.state_dict(),
+            "random": random_state(device)}
         for pause in 0, 1, 4:    # a virus scanner, say, may hold the file for a moment
             time.sleep(pause)
             try:
-                return save_checkpoint(out / "ckpt.pt", state)
+                return lf.save_checkpoint(out / "ckpt.pt", state)
             except OSError as error:
                 reason = error
         warn(f"step {step} could not be saved: {reason}")
@@ -1404,7 +1416,7 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
         options = sampler_options(name, data.latents)
         with precision.autocast():
             drawn = torch.cat([
-                SAMPLERS[name](ema.model, process, sample_noise[i:i + test_batch], steps,
+                lf.SAMPLERS[name](ema.model, process, sample_noise[i:i + test_batch], steps,
                                sample_labels[i:i + test_batch] if classes else None, **options)
                 for i in range(0, len(sample_noise), test_batch)])
         return grid_picture(decoded(drawn, taesd, data.latents).cpu())
@@ -1428,7 +1440,7 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
             progress.note(f"step {step}: held-out loss {loss:.4f}")
             grid, stop.drawing = draw(), False
             name.parent.mkdir(exist_ok=True)
-            write_whole(name, lambda file: grid.save(file, "PNG"))
+            lf.write_whole(name, lambda file: grid.save(file, "PNG"))
         except KeyboardInterrupt:    # the wish to stop is granted after the next step
             pass
         except (OSError, RuntimeError, MemoryError) as error:
@@ -1467,7 +1479,7 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
     if deadline and not state:    # a trial, which leaves no trace
         generators, scale = random_state(device), copy.deepcopy(precision.scaler.state_dict())
         args.steps = steps_until(deadline, args, device, advance, draw, test)
-        ema, precision.seen, examples = EMA(model, args.ema), [], examples_from(0)
+        ema, precision.seen, examples = lf.EMA(model, args.ema), [], examples_from(0)
         optimizer.state.clear()
         precision.scaler.load_state_dict(scale)
         random_state(device, generators)
@@ -1548,17 +1560,17 @@ def peak_memory(device):
 
 def make_parser():
     """The command line's options."""
-    variants = dict.fromkeys(name for table in VARIANTS.values() for name in table)
+    variants = dict.fromkeys(name for table in lf.VARIANTS.values() for name in table)
     options = dict.fromkeys(
-        name for part in (*ARCHS.values(), *(model.block for model in ARCHS.values()))
+        name for part in (*lf.ARCHS.values(), *(model.block for model in lf.ARCHS.values()))
         for name, option in inspect.signature(part).parameters.items()
         if option.default is not option.empty)
     parser = Parser(description="Train a LiquidFlow model. --steps, --batch_size, --lr and "
                                 "--sample_every have defaults for each variant: see DEFAULTS in "
                                 "train.py.")
     add = parser.add_argument
-    add("--arch", choices=ARCHS, default="patch", help="the model")
-    add("--process", choices=PROCESSES, help="what it learns; if not given, what it was made for")
+    add("--arch", choices=lf.ARCHS, default="patch", help="the model")
+    add("--process", choices=lf.PROCESSES, help="what it learns; what it was made for if not given")
     add("--variant", "--model_size", default="tiny",
         help=f"its size: {', '.join(variants)}; not every model has all")
     add("--dataset", choices=DATASETS, default="shapes",
@@ -1571,7 +1583,7 @@ def make_parser():
     add("--max_images", type=number(int, 2), help="read no more than so many pictures")
     add("--image_size", "--img_size", type=number(int, 1, LARGEST), default=32,
         help="side of a picture, in pixels")
-    add("--latents", nargs="?", const="taesd", choices=["off", *TAESD_FILES],
+    add("--latents", nargs="?", const="taesd", choices=["off", *lf.TAESD_FILES],
         help="train on the latents of this autoencoder; if not given, arch mamba does from 64 "
              "pixels up, with taesd")
     add("--taesd_dir", help="folder of the autoencoder's files; downloaded if not given")
@@ -1588,10 +1600,10 @@ def make_parser():
     add("--ema", type=number(float, 0, 1), default=0.999, help="decay of the averaged weights")
     add("--physics", type=physics_weights,
         help="on, off, name=weight,... or on,name=weight,...; if not given, on for pictures and off "
-             f"for latents. Names: {', '.join(PHYSICS)}")
+             f"for latents. Names: {', '.join(lf.PHYSICS)}")
     add("--override", type=override, action="append", default=[], metavar="KEY=VALUE",
         help=f"an option of the model; may be repeated. KEY: {', '.join(options)} (not every model "
-             f"has all); scan is one of {', '.join(SCANS)}, mixer of {', '.join(MIXERS)}, alpha "
+             f"has all); scan is one of {', '.join(lf.SCANS)}, mixer of {', '.join(lf.MIXERS)}, alpha "
              "liquid or constant")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="same seed: same run")
     add("--out", help="folder of the run; runs/<arch>-<variant>-<dataset> if not given")
@@ -1623,9 +1635,9 @@ def parse_arguments(argv=None):
 
 def filled_in(args):
     """Gives what is still None its default, and checks what belongs together."""
-    if args.variant not in VARIANTS[args.arch]:
+    if args.variant not in lf.VARIANTS[args.arch]:
         raise Refused(f"--variant {args.variant}: {args.arch} comes as "
-                      f"{', '.join(VARIANTS[args.arch])}")
+                      f"{', '.join(lf.VARIANTS[args.arch])}")
     for name, value in DEFAULTS.get((args.arch, args.variant), DEFAULTS[args.variant]).items():
         if getattr(args, name) is None and not (name == "steps" and args.minutes):    # see train()
             setattr(args, name, value)
@@ -1689,7 +1701,7 @@ def set_up_and_train(args, state=None):
                  "pixels")
         taesd = first_come_first(lambda: load_taesd(args.latents, args.taesd_dir, device))
         side, channels = side // 8, taesd.latent_channels
-    make_model = functools.partial(create_model, args.arch, args.variant, side, channels,
+    make_model = functools.partial(lf.create_model, args.arch, args.variant, side, channels,
                                    **dict(args.override))
     try:
         with torch.random.fork_rng(devices=[]):    # what cannot be made is refused at once, and
@@ -1752,8 +1764,7 @@ def guarded(program, argv, smaller):
 
 def main(argv=None):
     """Runs the command line."""
-    guarded(run, argv, "--grad_accum 2, or a smaller --batch_size, --image_size or --variant, needs "
-                       "less")
+    guarded(run, argv, "--grad_accum 2, or smaller --batch_size, --image_size, --variant need less")
 
 
 if __name__ == "__main__":
