@@ -42,8 +42,8 @@ def trusted(path, state, args, name):
     remembered = state["args"].get(name)
     if remembered and getattr(args, name) is None:
         if not Path(remembered).resolve().is_relative_to(Path(path).resolve().parent):
-            raise train.Refused(f"{path} was trained with --{name} {remembered}: give --{name}, that "
-                                "folder if you trust it, or another one")
+            raise train.Refused(f"{path} was trained with --{name} {remembered}: give --{name}, "
+                                "that folder if you trust it, or another one")
         setattr(args, name, remembered)
 
 
@@ -66,6 +66,9 @@ def load_model(path, device):
     try:
         if max(lf.sides(state["config"]["image_size"])) > train.LARGEST:
             raise ValueError(f"pictures of more than {train.LARGEST} pixels a side")
+        blocks = state["config"].get("depth", 0), *state["config"].get("blocks", ())
+        if sum(blocks) > len(state["ema"]):    # before they are built: a million takes hours
+            raise ValueError("more blocks than weights")
         with torch.device("meta"):    # which takes no memory: is it as large as it says?
             empty = lf.create_model(**state["config"]).state_dict()
         if {k: v.shape for k, v in empty.items()} != {k: v.shape for k, v in state["ema"].items()}:
@@ -233,13 +236,20 @@ def random_features(pictures):
     return torch.cat(features)
 
 
-# name -> (distance(p, q) -> a number, what it sees)
+def variation(pictures):
+    """The total variation of each picture: (n, 3, H, W) -> (n, 1)."""
+    return torch.cat([lf.total_variation(part) for part in pictures.split(64)])[:, None]
+
+
+# name -> (distance(p, q) -> a number, what it sees). One works on pictures, or on a channel, at a
+# time, since both sets together are gigabytes: 512 pictures of 512 px take 1.6
 DISTANCES = {
     "spectrum (dB)": (lambda p, q: (spectrum(p) - spectrum(q)).abs().mean().item(),
                       "how strong waves of each length are"),
-    "colours": (lambda p, q: wasserstein(*(x.movedim(1, 3).reshape(-1, 3) for x in (p, q))),
+    "colours": (lambda p, q: sum(wasserstein(p[:, i].reshape(-1, 1), q[:, i].reshape(-1, 1))
+                                 for i in range(3)) / 3,
                 "how often there is each shade of red, green, blue"),
-    "total variation": (lambda p, q: wasserstein(*(lf.total_variation(x)[:, None] for x in (p, q))),
+    "total variation": (lambda p, q: wasserstein(variation(p), variation(q)),
                         "how many pictures are smooth, how many busy"),
     "pixels, sliced": (lambda p, q: sliced(p.flatten(1), q.flatten(1)),
                        "where in a picture it is light or dark"),
@@ -301,7 +311,9 @@ def evaluate(samples, data, device):
                    for part in (data.held_out, training))
     samples = samples.clamp(-1, 1)
     both = nearest(torch.cat([samples, real]).to(device), data, training).view(2, n) * 127.5
-    rows = [(name, *(distance((x + 1) * 127.5, (real + 1) * 127.5) for x in (samples, other)), sees)
+    for pictures in samples, real, other:
+        pictures.add_(1).mul_(127.5)    # in place, as they are large
+    rows = [(name, *(distance(pictures, real) for pictures in (samples, other)), sees)
             for name, (distance, sees) in DISTANCES.items()]
     rows.append(("nearest training", *both.median(1).values.tolist(),
                  "copies, where far below that of real pictures"))
@@ -592,7 +604,7 @@ def parse_arguments(argv=None):
     add("--eta", type=train.number(float, 0, 1), default=0.0, help="for ddim: fresh noise, 0 to 1")
     add("--seed", type=train.number(int, 0, 2**63 - 1), default=0, help="same seed, same pictures")
     add("--out", default="samples.png", help="where the grid goes")
-    add("--gif", help="also write the path from noise to picture, as an animated GIF")
+    add("--gif", help="also write the path from noise to picture, as a GIF of 100 frames at most")
     add("--gates", help="also draw how far the gates of the liquid layers open, as a PNG")
     add("--evaluate", type=train.number(int, 1), metavar="N",
         help="draw N samples instead, measure how far they are from N held-out pictures, and show "
@@ -686,12 +698,14 @@ def run(argv):
     noise = draw_noise(count, shape, args.seed).to(device)
     train.say(f"{path}: {model.config['arch']} {model.config['variant']}, step "
               f"{state['step']}; {count} pictures in {args.steps} {name} steps on {device}")
-    start, frames = time.monotonic(), [[] for _ in range(args.steps)]
+    start = time.monotonic()
+    moments = {round(i * (args.steps - 1) / 99) for i in range(100)}    # all steps, of 100 or fewer
+    frames = {step: [] for step in sorted(moments)} if args.gif else {}
     sampler = functools.partial(lf.SAMPLERS[name], **options)
     with Gates(model, args.steps) if args.gates else contextlib.nullcontext() as gates:
         def watch(step, x_t, x0_hat):
-            if args.gif and (missing := shown - sum(map(len, frames[step]))) > 0:
-                frames[step].append(picture_of(x_t[:missing]))
+            if step in frames and (missing := shown - sum(map(len, frames[step]))) > 0:
+                frames[step].append(train.shades(picture_of(x_t[:missing])))
             if args.gates:
                 gates.note(step, x0_hat, picture_of)
 
@@ -703,8 +717,9 @@ def run(argv):
     rate = count / max(seconds, 1e-9)
     train.say(f"{args.out}: {count} pictures in {train.duration(seconds)} ({rate:.1f} a second)")
     if args.gif:
-        images = [train.grid_picture(torch.cat(frame), columns) for frame in frames] + [grid]
-        times = [max(20, 3000 // args.steps)] * args.steps + [2000]    # ms; rest on the last
+        images = [train.grid_picture(train.scaled(torch.cat(frame)), columns)
+                  for frame in frames.values()] + [grid]
+        times = [max(20, 3000 // len(frames))] * len(frames) + [2000]    # ms; rest on the last
         lf.write_whole(args.gif, lambda file: images[0].save(
             file, "GIF", save_all=True, append_images=images[1:], duration=times, loop=0))
         train.say(f"{args.gif}: the path from noise to picture, {len(images)} frames")

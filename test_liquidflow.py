@@ -1773,7 +1773,7 @@ def test_classes_are_the_first_folders_that_differ(names, classes, tmp_path, cap
     assert list(data.classes) == classes and data.labels.tolist() == [0, len(classes) - 1]
     assert data.names == [f"{name}{i}.png" for i, name in enumerate(names)]    # by which they are held out
     warned = capsys.readouterr().err    # train/ and val/ hardly are what a user calls classes
-    assert warned.count("\n") == ("val" in classes) and ("train, val" in warned and f"{tmp_path}/train" in warned or not warned)
+    assert warned.count("\n") == ("val" in classes) == ("train, val" in warned)
 
 
 def test_what_the_classes_are_called_matters_to_labels_alone(photographs, here, capsys):
@@ -2536,6 +2536,9 @@ def test_training_lowers_the_loss(tmp_path):
     ({"config": {"arch": "patch", "variant": "nano", "image_size": 10**6}}, ["4096"]),
     ({"config": {"arch": "patch", "variant": "nano", "image_size": 16, "dim": 48 * 2**14}}, ["weights"]),
     ({"config": {"arch": "unet", "variant": "nano", "image_size": 16, "channels": [2**14] * 9}}, []),
+    ({"config": {"arch": "mamba", "variant": "nano", "image_size": 16, "depth": 10**9}}, ["more blocks than weights"]),
+    ({"config": {"arch": "unet", "variant": "nano", "image_size": 16, "channels": [8, 8], "blocks": [10**9, 1]}},
+     ["more blocks than weights"]),
     ({"config": [1]}, []), ({"ema": [1]}, []), ({"process": "\x1b[2J"}, [])])
 def test_a_strangers_checkpoint_is_data(change, words, here, capsys):
     train.main([*SMALL, "--steps", "1", "--labels", "--out", "run"])
@@ -2556,6 +2559,22 @@ def test_names_in_a_checkpoint_cannot_write_to_the_terminal(trained, here, capsy
     sample.main(["--ckpt", "run/ckpt.pt", "--export", "m.pt2"])
     shown = capsys.readouterr()
     assert "y: 0 ?[2J?, 1" in shown.out and "\x1b" not in shown.out + shown.err
+
+
+def test_a_long_way_makes_a_short_gif(here, monkeypatch):
+    train.main([*SMALL, "--steps", "1", "--out", "run"])
+    kept = []
+    monkeypatch.setattr(train, "shades", lambda x, real=train.shades: (kept.append(real(x)), kept[-1])[1])
+    for steps, frames in ("120", 100), ("7", 7), ("1", 1):
+        kept.clear()
+        sample.main(["--ckpt", "run/ckpt.pt", "--n", "3", "--batch_size", "2", "--steps", steps, "--gif", "path.gif"])
+        assert Image.open("path.gif").n_frames == frames + 1    # and the grid, for longer
+        assert sum(map(len, kept)) == 3 * frames + 3 * (frames + 1)    # kept in bytes, and drawn
+
+
+def test_weights_in_another_format_are_called_so(here, capsys):
+    Path("model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    refused(sample.main, ["--ckpt", "model.safetensors"], capsys, "safetensors hold weights alone", "ckpt.pt")
 
 
 def test_the_tour_runs_and_importing_prints_nothing(tmp_path):
@@ -3083,6 +3102,9 @@ def test_auto_takes_bf16_only_where_the_hardware_has_it(native, monkeypatch):
     assert train.Precision("auto", CPU).dtype is train.Precision("off", GPU).dtype is None
     assert train.Precision("fp16", GPU).dtype == torch.float16
     assert train.Precision("bf16", CPU).dtype == torch.bfloat16
+    for device in CPU, torch.device("mps"):
+        with pytest.raises(train.Refused, match="--amp fp16 needs CUDA"):
+            train.Precision("fp16", device)
     assert scaled == [not native, False, False, True, False]    # what fp16 needs, and nothing else
     for name, dtype in ("off", torch.float32), ("bf16", torch.bfloat16):
         with train.Precision(name, CPU).autocast():
@@ -3515,6 +3537,25 @@ def test_two_processes_and_parts_of_a_batch_are_one_process(tmp_path, monkeypatc
             assert (value - weights[1][key]).abs().max() < 2e-3, key
 
 
+@pytest.mark.parametrize("device", ["cuda:1", "mps", "meta"])
+def test_each_of_several_processes_has_a_device_of_its_own(device, here, monkeypatch, capsys):
+    monkeypatch.setattr(train, "WORLD", 2)
+    refused(train.main, [*SMALL, "--device", device, "--out", "run"], capsys, f"--device {device}", "cpu or cuda")
+
+
+def test_processes_do_not_send_each_other_what_never_changes(here, monkeypatch):
+    """The orders in which pictures are scanned are buffers, and DistributedDataParallel would."""
+    sent = []
+    monkeypatch.setattr(train, "DistributedDataParallel", lambda network, **options: (
+        sent.append(options.get("broadcast_buffers", True)), 1 / 0))
+    monkeypatch.setattr(train, "WORLD", 2)
+    for name in "join_group", "first_come_first":
+        monkeypatch.setattr(train, name, lambda told: told() if callable(told) else None)
+    with pytest.raises(ZeroDivisionError):
+        train.main([*SMALL, "--steps", "1", "--out", "run"])
+    assert sent == [False]
+
+
 def backend(graph, inputs):
     """A compiler that changes nothing; torch's own needs a C++ compiler and a minute."""
     return graph.forward
@@ -3749,6 +3790,17 @@ def test_distances_see_what_they_are_for_and_nothing_else(name):
         assert distance(p, CHANGES[change](p, 1.0)) < 1e-3, change
 
 
+def test_the_random_filters_of_a_layer_are_no_other_layers(monkeypatch):
+    layers, convolve = [], F.conv2d
+    monkeypatch.setattr(F, "conv2d", lambda x, weight, **options: (layers.append(weight), convolve(x, weight, **options))[1])
+    sample.random_features(torch.zeros(1, 3, 16, 16))
+    assert [tuple(layer.shape[:2]) for layer in layers] == [(32, 3), (64, 32), (128, 64)]
+    assert layers[0].sum((2, 3)).abs().max() < 1e-5    # blind to brightness
+    for one, other in itertools.combinations(layers, 2):
+        one, other = one.flatten()[:other.numel()], other.flatten()[:one.numel()]
+        assert abs(F.cosine_similarity(one, other, 0)) < 0.1    # 0.9 or 1 where they share their seed
+
+
 def test_distances_by_hand():
     colours, variation = (sample.DISTANCES[name][0] for name in ("colours", "total variation"))
     p = torch.tensor([0.0, 100, 250]).view(1, 3, 1, 1).expand(2, 3, 8, 8).clone()
@@ -3808,6 +3860,27 @@ def test_evaluate_compares_samples_and_real_pictures(trained, here, monkeypatch,
         exact = distance(ours, real), distance(seen, real)
         assert one[name] == pytest.approx(exact, abs=0.006)    # two digits are printed
     refused(sample.main, ["--ckpt", trained / "patch" / "ckpt.pt", "--evaluate", 65], capsys, "65", "64")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts memory as Linux does")
+def test_evaluate_holds_few_copies_of_its_pictures(here):
+    code = f"""
+import resource, sys
+sys.path.insert(0, {str(ROOT)!r})
+import sample, torch, train
+def used():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+n, size = 256, 128
+images = torch.randint(0, 256, (2 * n, 3, size, size), dtype=torch.uint8)
+data = train.Pictures(images, None, ["a"], torch.device("cpu"), None, None, "order")
+data.training, data.held_out = torch.arange(n), torch.arange(n, 2 * n)
+samples = torch.rand(n, 3, size, size)
+before = used()
+sample.evaluate(samples, data, torch.device("cpu"))
+print((used() - before) / samples.nbytes)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout.split()[-1]) < 6    # three sets, and what it takes to compare two
 
 
 def test_evaluate_finds_its_pictures_again_or_says_so(photographs, here, monkeypatch, capsys):
