@@ -589,7 +589,7 @@ def export(path, model, process, taesd, state):
 
 def parse_arguments(argv=None):
     """The command line; sampler and steps depend on the checkpoint and are filled in by run()."""
-    parser = train.Parser(description="Draw pictures with a trained LiquidFlow model.")
+    parser = train.Parser("Draw pictures with a trained LiquidFlow model.")
     add = parser.add_argument
     add("--ckpt", help="a checkpoint; the newest below runs/ if not given")
     add("--n", type=train.number(int, 1), default=36,

@@ -3015,7 +3015,7 @@ def test_a_row_of_the_log_by_hand(tmp_path):
     log = train.Log(tmp_path / "log.csv", ["tv"], CPU)
 
     def row(step):
-        means = log.means(*train.summed(log.numbers(), CPU))
+        means = log.means(*train.summed([log.total]))
         log.write(step=step, lr=0.5, **means)
         return read_log(tmp_path / "log.csv")[-1]
     log.add(torch.tensor([1.0, 2, 3]), torch.tensor([0.1, 0.3, 0.2]), {"tv": torch.tensor(4.0)})
@@ -3129,7 +3129,7 @@ def one_weight(scaled=False):
         return finite.item(), before - weight.detach()
 
     def check(last):    # what the loop does when a row is due
-        precision.check(last, *train.summed([precision.numbers()], CPU))
+        precision.check(last, *train.summed([precision.numbers()]))
     return weight, optimizer, precision, step, check
 
 
@@ -3249,8 +3249,9 @@ def test_the_network_is_told_what_nine_in_ten_pictures_show(tmp_path, monkeypatc
         assert 110 < hidden < 210                                  # of 1,600; deviation 12
     state = lf.load_checkpoint(tmp_path / "run" / "ckpt.pt")
     assert state["config"]["num_classes"] == 3 and state["classes"] == ["a", "b", "c"]
+    train.main([*map(str, options), "--resume", "--steps", "201"])    # which remembers that it has labels
+    assert lf.load_checkpoint(tmp_path / "run" / "ckpt.pt")["config"]["num_classes"] == 3
     capsys.readouterr()
-    refused(train.main, [*options, "--resume", "--steps", 300], capsys, "--labels:")
     loose = next((tmp_path / "pictures" / "c").iterdir())
     shutil.copy(loose, tmp_path / "pictures")
     refused(train.main, [*options, "--out", tmp_path / "b", "--labels"], capsys, "not all")

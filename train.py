@@ -64,9 +64,8 @@ IN_MEMORY = 2 * 2**30       # bytes of pictures; a larger set is kept in a file 
 PROCESS_OF = {"patch": "flow", "unet": "flow", "mamba": "diffusion"}
 SAMPLER_OF = {"velocity": "euler", "noise": "ddim"}
 
-# Training defaults. A high rate teaches a small model most per minute (measured: see the README);
-# larger ones want a lower one, and theirs have not been tuned. A row is of a variant, or of
-# (arch, variant), which goes before it.
+# Training defaults of a variant, or of (arch, variant), which goes before it. A high rate teaches a
+# small model most per minute (measured: see the README); those of larger ones were not tuned.
 DEFAULTS = {
     "nano": {"steps": 3600, "batch_size": 32, "lr": 8e-3, "sample_every": 1000},
     "tiny": {"steps": 15_000, "batch_size": 64, "lr": 1e-3, "sample_every": 500},
@@ -100,7 +99,6 @@ def user_data():
 
 class DataSet:
     """What data sets of pictures share; each has its own len(), pictures(indices) and the rest.
-
     Of stored ones, .names and .marks (N, 2) tell one picture from another, by name and content.
     """
 
@@ -148,8 +146,8 @@ def shuffled_order(count):
 class Pictures(DataSet):
     """Stored pictures: images (N, 3, H, W) uint8, on the device or mapped from a file.
 
-    rule: "names" holds out the pictures whose names have the smallest marks, so those that are held
-    out do not depend on the order of the files; "order" is for runs from before there were marks.
+    rule: "names" holds out those whose names have the smallest marks, in whatever order the files
+    come; "order" is for runs from before there were marks.
     """
 
     def __init__(self, images, labels, classes, device, names, marks, rule="names"):
@@ -253,11 +251,10 @@ def open_picture(content):
     """The PIL picture in bytes: by what they are, not by a name, and of the formats above only."""
     if content[:3] == b"\xff\xd8\xff" and content[-2:] != b"\xff\xd9":
         # A JPEG without its end. It lacks nothing else if more of the same would go unnoticed
-        ends = [content + more + b"\xff\xd9" for more in (b"", 999 * b"\x55")]
-        one, other = (np.asarray(Image.open(io.BytesIO(end), formats=["JPEG"])) for end in ends)
-        if (one != other).any():
+        whole, more = (content + middle + b"\xff\xd9" for middle in (b"", 999 * b"\x55"))
+        if (np.asarray(open_picture(whole)) != np.asarray(open_picture(more))).any():
             raise ValueError("cut short")
-        content = ends[0]
+        content = whole
     return Image.open(io.BytesIO(content), formats=[kind for kind in FORMATS if kind in Image.OPEN])
 
 
@@ -268,13 +265,11 @@ def fit_picture(image, size):
     range nothing tells.
     """
     wide = image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM")
-    try:
+    with contextlib.suppress(Exception):    # odd metadata do not spoil a picture
         image = ImageOps.exif_transpose(image)
-    except Exception:    # noqa: BLE001, S110 - odd metadata do not spoil a picture
-        pass
-    if wide:
-        grey = np.asarray(image, dtype=np.float32)    # 16 bits, though "I" has room for 32
-        image = Image.fromarray((grey / 257).clip(0, 255).astype(np.uint8))
+    if wide:    # 16 bits, though "I" has room for 32
+        grey = np.asarray(image, dtype=np.float32) / 257
+        image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError(f"mode {image.mode}: white may be 1, or 255, or anything; save it with 8 "
                          "or 16 bits")
@@ -290,12 +285,18 @@ def fit_picture(image, size):
 # have source.content(i) instead, the bytes of picture i, and source.names.
 
 class Files:
-    """The source of a list of picture files below a folder, and how many were left out, and why."""
+    """The source of picture files below a folder; .left_out counts what else there is, and why.
 
-    def __init__(self, root, paths, left_out):
-        self.paths, self.left_out = paths, left_out
+    .known (N,): what tells one file from another, without a look inside.
+    """
+
+    def __init__(self, root):
+        self.left_out = Counter()
+        self.paths = list(files_below(root, self.left_out))
         self.names = [unicodedata.normalize("NFC", path.relative_to(root).as_posix())
-                      for path in paths]
+                      for path in self.paths]
+        self.known = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in
+                      zip(self.names, (path.stat() for path in self.paths))]
 
     def __len__(self):
         return len(self.paths)
@@ -324,8 +325,7 @@ def folder(root, fit):
     if not root or not root.is_dir():
         raise Refused("--dataset folder needs --data_dir, a folder of pictures"
                       + (f"; there is no folder {root}" if root else ""))
-    left_out = Counter()
-    source = Files(root, list(files_below(root, left_out)), left_out)
+    source = Files(root)
     if not source.paths:
         raise Refused(f"there is no picture in {root}; files ending in "
                       f"{' '.join(sorted(EXTENSIONS))} are looked for")
@@ -334,9 +334,9 @@ def folder(root, fit):
     names = ["".join(folder[above:above + 1]) for folder in folders]
     classes = sorted(set(names))
     if len(classes) > 1 and SPLITS.issuperset(map(str.lower, classes)):
-        warn(f"{root}: its folders {', '.join(classes)} are read as classes, and pictures of all are "
-             "held out; for the pictures of one, give that folder as --data_dir")
-    number_of = {name: i for i, name in enumerate(classes)}
+        warn(f"{root}: its folders {', '.join(classes)} are read as classes, and pictures of all "
+             "are held out; for the pictures of one, give that folder as --data_dir")
+    number_of = dict(zip(classes, range(len(classes))))
     return source, [number_of[name] for name in names], classes
 
 
@@ -416,12 +416,14 @@ def lsun(root, fit):
     return source, source.labels, [path.name.removesuffix("_train_lmdb") for path in folders]
 
 
-def decode(source, names, chosen, size, args, device, left_out):
-    """Reads the chosen pictures of a source: images (N, 3, size, size) uint8 on the device, which
-    of them could be read, and their marks (N, 2).
+def decode(source, names, chosen, size, args, device):
+    """The chosen pictures of a source: images (N, 3, size, size) uint8, on the device; which of
+    them could be read; their marks (N, 2).
 
     More than IN_MEMORY go into a file beside the run, and the next run on them finds it there.
     """
+    kept, marks = [], []
+
     def read(i):
         try:
             if not hasattr(source, "content"):
@@ -431,8 +433,6 @@ def decode(source, names, chosen, size, args, device, left_out):
         except Exception as error:    # noqa: BLE001 - decoders fail in many ways
             return f"skipped {names[i]} ({str(error).replace(chr(10), ' ')})"
 
-    kept, marks, shape = [], [], (-1, 3, size, size)
-
     def fill(file):
         progress = Progress("reading pictures", len(chosen))
         with ThreadPoolExecutor() as pool:
@@ -441,7 +441,6 @@ def decode(source, names, chosen, size, args, device, left_out):
                 for i, found in zip(part, pool.map(read, part)):
                     if isinstance(found, str):
                         warn(found)
-                        left_out["damaged"] += 1
                     else:
                         file.write(found[0].numpy().tobytes())
                         kept.append(i)
@@ -452,23 +451,20 @@ def decode(source, names, chosen, size, args, device, left_out):
     if len(chosen) * 3 * size**2 <= IN_MEMORY:
         fill(memory := io.BytesIO())
         images = torch.frombuffer(memory.getbuffer(), dtype=torch.uint8) if kept else torch.empty(0)
-        return images.view(shape).to(device), kept, torch.tensor(marks)
-    stats = [path.stat() for path in getattr(source, "paths", [])]
-    known = repr([args.dataset, size, [(names[i], *((stats[i].st_size, stats[i].st_mtime_ns)
-                                                   if stats else ())) for i in chosen]])
-    raw = Path(args.out).parent / f"pictures-{args.dataset}-{size}-{mark(known):+x}.bin"
+        return images.view(-1, 3, size, size).to(device), kept, torch.tensor(marks)
+    known = [getattr(source, "known", names)[i] for i in chosen]
+    key = mark(repr([args.dataset, size, known]))
+    raw = Path(args.out).parent / f"pictures-{args.dataset}-{size}-{key:+x}.bin"
     if not raw.exists():
         raw.with_suffix(".pt").unlink(missing_ok=True)
 
     def make():
         lf.write_whole(raw, fill)
-        return {"kept": kept, "marks": torch.tensor(marks), "left_out": dict(left_out)}
+        return {"kept": kept, "marks": torch.tensor(marks)}
 
-    saved = kept_beside(raw.with_suffix(".pt"), mark(known), "pictures", make)
-    left_out.clear()
-    left_out.update(saved["left_out"])
+    saved = kept_beside(raw.with_suffix(".pt"), key, "pictures", make)
     images = torch.from_file(str(raw), shared=False, size=raw.stat().st_size, dtype=torch.uint8)
-    return images.view(shape), saved["kept"], saved["marks"]
+    return images.view(-1, 3, size, size), saved["kept"], saved["marks"]
 
 
 def kept_beside(path, key, what, make):
@@ -496,9 +492,8 @@ def kept_beside(path, key, what, make):
 def stored(make, side=math.inf, package=None, files=None, mirror=True):
     """A row of DATASETS: the function(args, device) -> data set, for pictures that are stored.
 
-    make: one of the sources above; side: of its pictures; package: what it needs beside
-    requirements.txt; files: what it would download to --data_dir, where it can; mirror: see
-    DATASETS. The function raises a ValueError that says what to do about what is missing.
+    make: one of the functions above; side: of its pictures; package: what it needs beside
+    requirements.txt; files: what it would download, if it can; mirror: see DATASETS.
     """
     def load(args, device):
         name, size = args.dataset, args.image_size
@@ -519,25 +514,23 @@ def stored(make, side=math.inf, package=None, files=None, mirror=True):
                     f"{root}, as {files}" if files else "")
             raise Refused(f"--dataset {name}: {str(error).rstrip('.')}{hint}") from None
         names = getattr(source, "names", None) or [str(i) for i in range(len(source))]
-        chosen = range(len(source))
-        if args.max_images and args.max_images < len(source):
-            chosen = sorted(chosen, key=lambda i: mark(f"kept? {names[i]}"))
-            if args.split == "order":
-                chosen = shuffled_order(len(source)).tolist()
-            chosen = sorted(chosen[:args.max_images])
+        order = sorted(range(len(source)), key=lambda i: mark(f"kept? {names[i]}"))
+        if args.split == "order":
+            order = shuffled_order(len(source)).tolist()
+        chosen = sorted(order[:args.max_images])    # all, if that is None
         if size > 2 * side:
             warn(f"the pictures of {name} have {side} pixels: at {size} the model learns to draw "
                  "them blown up, and the more slowly for it")
-        left_out = getattr(source, "left_out", Counter())
-        images, kept, marks = decode(source, names, chosen, size, args, device, left_out)
+        images, kept, marks = decode(source, names, chosen, size, args, device)
         if not kept:
             raise Refused(f"--dataset {name}: no picture could be read")
-        labels = torch.tensor(labels)[kept]
+        left_out = Counter({"damaged": len(chosen) - len(kept)}) + getattr(
+            source, "left_out", Counter())    # which leaves out what is 0
         reasons = ", ".join(f"{count} {why}" for why, count in left_out.items())
         shown = f" in {len(classes)} classes ({', '.join(classes)})" if len(classes) > 1 else ""
         say(f"{name}: {len(kept)} pictures{shown}{f'; left out: {reasons}' if reasons else ''}")
-        names = [names[i] for i in kept]
-        return Pictures(images, labels, classes, device, names, marks, args.split)
+        return Pictures(images, torch.tensor(labels)[kept], classes, device,
+                        [names[i] for i in kept], marks, args.split)
     load.mirror = mirror
     return load
 
@@ -644,17 +637,14 @@ class Latents(DataSet):
         self.stored, self.labels, self.classes = latents.to(device), data.labels, data.classes
         self.names, self.marks = data.names, data.marks
         self.training, self.held_out = data.training, data.held_out
-        means, stds, limits = [], [], []
-        for channel in latents.unbind(1):                                            # (2 N, h, w)
-            channel = channel.float()    # one at a time, as float32 takes twice the memory
-            std, mean = torch.std_mean(channel)
-            std = std.clamp(min=1e-6)    # a channel that never varies becomes 0, not 0 / 0
-            means.append(mean)
-            stds.append(std)
-            limits.append(((channel - mean) / std).abs().max().item())
-        mean, std = (torch.stack(v).view(-1, 1, 1) for v in (means, stds))           # (C, 1, 1)
+        # A channel at a time, as float32 takes twice the memory
+        stats = [torch.std_mean(channel.float()) for channel in latents.unbind(1)]
+        std, mean = (torch.stack(v).view(-1, 1, 1) for v in zip(*stats))             # (C, 1, 1)
+        std = std.clamp(min=1e-6)    # a channel that never varies becomes 0, not 0 / 0
+        ends = torch.stack([latents.amin((0, 2, 3)), latents.amax((0, 2, 3))])       # (2, C)
+        limit = ((ends[..., None, None].float() - mean) / std).abs().max().item()
         self.mean, self.std = mean.to(device), std.to(device)
-        self.latents = {"name": name, "mean": mean, "std": std, "limit": max(limits)}
+        self.latents = {"name": name, "mean": mean, "std": std, "limit": limit}
 
     def __len__(self):
         return len(self.stored) // 2
@@ -827,31 +817,29 @@ def join_group(device):
             sys.stdout = open(os.devnull, "w")    # noqa: SIM115 - to the end
 
 
-def summed(groups, device):
-    """Lists of numbers -> the same, each number summed over all processes.
+def summed(tensors):
+    """Tensors -> for each a list of its numbers, summed over all processes.
 
     One exchange and one wait for the device, however many numbers there are.
     """
-    total = torch.stack([
-        v.float() if torch.is_tensor(v) else torch.full((), v, dtype=torch.float32, device=device)
-        for v in itertools.chain(*groups)])
+    total = torch.cat([tensor.flatten().float() for tensor in tensors])
     if WORLD > 1:
         dist.all_reduce(total)
     numbers = iter(total.tolist())
-    return [list(itertools.islice(numbers, len(group))) for group in groups]
+    return [list(itertools.islice(numbers, tensor.numel())) for tensor in tensors]
 
 
 def of_first(value, device):
     """The first process's value, in all of them, after the device has done what it was told."""
-    return summed([[0 if RANK else value]], device)[0][0]
+    return summed([torch.full((1,), 0 if RANK else value, device=device)])[0][0]
 
 
 def timed(function, device):
     """The seconds that function() takes by the first process's clock; all processes are told."""
-    of_first(0, device)
+    of_first(0.0, device)
     begin = time.monotonic()
     function()
-    of_first(0, device)
+    of_first(0.0, device)
     return of_first(time.monotonic() - begin, device)
 
 
@@ -963,12 +951,12 @@ class Log:
     """
 
     def __init__(self, path, parts, device, since=0):
-        self.device = device
+        quarters = [f"loss_t{i}" for i in range(4)]
+        self.means_of, self.device = [*quarters, *parts], device
         self.reset()
         if RANK:
             return
-        names = ["step", "loss", *(f"loss_t{i}" for i in range(4)), "held_out", *parts, "lr",
-                 "images_per_s"]
+        names = ["step", "loss", *quarters, "held_out", *parts, "lr", "images_per_s"]
         kept, path = [], Path(path)
         if since and path.exists():
             try:    # a row that a power cut has torn is dropped
@@ -992,7 +980,8 @@ class Log:
 
     def reset(self):
         """Starts a new row."""
-        self.sums, self.counts, self.images, self.start = Counter(), Counter(), 0, time.monotonic()
+        self.total = torch.zeros(2, len(self.means_of), device=self.device)    # sums and counts
+        self.images, self.start = 0, time.monotonic()
 
     def add(self, errors, t, parts):
         """A part of a batch: the error of each picture (B,), its t (B,), the physics terms.
@@ -1001,20 +990,14 @@ class Log:
         """
         quarter = torch.arange(4, device=t.device) == (t * 4).long().clamp(max=3)[:, None]
         quarter = quarter.to(errors)                                                # (B, 4)
-        by_quarter, pictures = errors.detach() @ quarter, quarter.sum(0)            # (4,) each
-        self.sums.update({"quarters": by_quarter, **parts})
-        self.counts.update({"quarters": pictures, **dict.fromkeys(parts, 1)})
+        sums = torch.stack([*(errors.detach() @ quarter), *parts.values()])
+        self.total += torch.stack([sums, torch.cat([quarter.sum(0), sums.new_ones(len(parts))])])
         self.images += len(errors)
 
-    def numbers(self):
-        """What was added since the last row, as two lists of numbers for summed()."""
-        return [[*counter["quarters"], *list(counter.values())[1:]]
-                for counter in (self.sums, self.counts)]
-
-    def means(self, sums, counts):
-        """The row of these numbers, after they were summed over all processes, and the speed."""
-        names = [f"loss_t{i}" for i in range(4)] + list(self.sums)[1:]
-        means = {name: total / count for name, total, count in zip(names, sums, counts)
+    def means(self, total):
+        """A row: the means, from .total after it was summed over all processes, and the speed."""
+        sums, counts = total[:len(total) // 2], total[len(total) // 2:]
+        means = {name: value / count for name, value, count in zip(self.means_of, sums, counts)
                  if count > 0}                                   # no t in a quarter: no loss there
         return {"loss": sum(sums[:4]) / sum(counts[:4]), **means,
                 "images_per_s": WORLD * self.images / max(1e-9, time.monotonic() - self.start)}
@@ -1088,13 +1071,13 @@ class Precision:
         return finite
 
     def numbers(self):
-        """What the steps since the last check came to, a list of numbers for summed()."""
-        return [v for losses in self.seen for v in losses.values()]
+        """What the steps since the last check came to, a tensor for summed()."""
+        return torch.stack([v.float() for losses in self.seen for v in losses.values()])
 
     def check(self, step, numbers):
         """Looks at these numbers, of all steps since the last time, up to this one.
 
-        ValueError after too many steps in a row that had to be skipped; one, without a scaler.
+        Refused after too many steps in a row that had to be skipped; one, without a scaler.
         """
         numbers = iter(numbers)
         for i, losses in enumerate(self.seen, step + 1 - len(self.seen)):
@@ -1506,22 +1489,20 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
         # looks at every step. Only here does the processor wait for the device.
         if saving or showing or done - first in (1, 3) or done % args.log_every == 0 or (
                 stop.signal and WORLD == 1):
-            *row, seen, signals = summed(
-                [*log.numbers(), precision.numbers(), [stop.signal or 0]], device)
+            signals = torch.full((1,), stop.signal or 0, device=device)
+            total, seen, signals = summed([log.total, precision.numbers(), signals])
             precision.check(done, seen)
-            means, stopping = log.means(*row), signals != [0]
+            means, stopping = log.means(total), signals != [0]
             if done == 1:
                 say(f"first loss {means['loss']:.3f}; a new model answers 0, which costs about "
                     f"{target().square().mean():.3f}, the mean square of what it should answer")
             if done - first == 1:    # the first step is slower
                 begin = time.monotonic()
             elif done - first == 3:
-                steps_per_hour = 2 * 3600 / max(1e-9, time.monotonic() - begin)
-                hours = (args.steps - done) / steps_per_hour
-                quicker = ("--variant nano" if args.variant != "nano" else
-                           f"--steps {done + steps_per_hour:.0f}")
+                hours = (time.monotonic() - begin) / 2 * (args.steps - done) / 3600
                 if hours > 1:
-                    progress.note(f"this will take about {hours:.1f} h here; {quicker} is quicker")
+                    progress.note(f"this will take about {hours:.1f} h here; --variant nano, or "
+                                  "fewer --steps, are quicker")
         if (saving or stopping) and not RANK:    # first: what comes now may fail
             unsaved = save(done)
         if saving or showing or stopping or done % args.log_every == 0:
@@ -1551,17 +1532,6 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
         say(f"{precision.skipped} steps were skipped, as their gradients overflowed in fp16")
 
 
-def peak_memory(device):
-    """The most memory that was in use so far, as text: on the GPU, or else of the process."""
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
-    if sys.platform == "win32":    # which has no such count in the standard library
-        return "an unknown amount"
-    import resource
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss    # bytes on a Mac, else KiB
-    return f"{peak / (2**30 if sys.platform == 'darwin' else 2**20):.2f} GiB"
-
-
 def make_parser():
     """The command line's options."""
     variants = dict.fromkeys(name for table in lf.VARIANTS.values() for name in table)
@@ -1569,12 +1539,11 @@ def make_parser():
         name for part in (*lf.ARCHS.values(), *(model.block for model in lf.ARCHS.values()))
         for name, option in inspect.signature(part).parameters.items()
         if option.default is not option.empty)
-    parser = Parser(description="Train a LiquidFlow model. --steps, --batch_size, --lr and "
-                                "--sample_every have defaults for each variant: see DEFAULTS in "
-                                "train.py.")
+    parser = Parser("Train a LiquidFlow model. --steps, --batch_size, --lr and --sample_every have "
+                    "defaults for each variant: see DEFAULTS in train.py.")
     add = parser.add_argument
     add("--arch", choices=lf.ARCHS, default="patch", help="the model")
-    add("--process", choices=lf.PROCESSES, help="what it learns; what it was made for if not given")
+    add("--process", choices=lf.PROCESSES, help="what it learns; not given: what it was made for")
     add("--variant", "--model_size", default="tiny",
         help=f"its size: {', '.join(variants)}; not every model has all")
     add("--dataset", choices=DATASETS, default="shapes",
@@ -1588,8 +1557,8 @@ def make_parser():
     add("--image_size", "--img_size", type=number(int, 1, LARGEST), default=32,
         help="side of a picture, in pixels")
     add("--latents", nargs="?", const="taesd", choices=["off", *lf.TAESD_FILES],
-        help="train on the latents of this autoencoder; if not given, arch mamba does from 64 "
-             "pixels up, with taesd")
+        help="train on the latents of this autoencoder; not given: arch mamba does from 64 pixels "
+             "up, with taesd")
     add("--taesd_dir", help="folder of the autoencoder's files; downloaded if not given")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=number(int, 1), help="batches to train on")
@@ -1602,13 +1571,12 @@ def make_parser():
     add("--lr", type=number(float, 1e-12, 1), help="peak learning rate")
     add("--weight_decay", type=number(float, 0), default=0.01, help="of AdamW, for matrices")
     add("--ema", type=number(float, 0, 1), default=0.999, help="decay of the averaged weights")
-    add("--physics", type=physics_weights,
-        help="on, off, name=weight,... or on,name=weight,...; if not given, on for pictures and off "
-             f"for latents. Names: {', '.join(lf.PHYSICS)}")
+    add("--physics", type=physics_weights, metavar="on|off|[on,]NAME=WEIGHT,...",
+        help=f"not given: on for pictures, off for latents. NAME: {', '.join(lf.PHYSICS)}")
     add("--override", type=override, action="append", default=[], metavar="KEY=VALUE",
         help=f"an option of the model; may be repeated. KEY: {', '.join(options)} (not every model "
-             f"has all); scan is one of {', '.join(lf.SCANS)}, mixer of {', '.join(lf.MIXERS)}, alpha "
-             "liquid or constant")
+             f"has all); scan is one of {', '.join(lf.SCANS)}, mixer of {', '.join(lf.MIXERS)}, "
+             "alpha liquid or constant")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="same seed: same run")
     add("--out", help="folder of the run; runs/<arch>-<variant>-<dataset> if not given")
     old = parser.add_mutually_exclusive_group()
@@ -1745,8 +1713,7 @@ def set_up_and_train(args, state=None):
     seconds = max(1e-9, time.monotonic() - start)
     steps = args.steps - (state["step"] if state else 0)
     say(f"trained in {duration(seconds)}, tests and samples included: "
-        f"{steps * args.batch_size / seconds:.0f} images/s, {1000 * seconds / steps:.0f} s for "
-        f"1,000 steps, at most {peak_memory(device)} of memory\n"
+        f"{steps * args.batch_size / seconds:.0f} images/s\n"
         f"{out / 'ckpt.pt'}; next: python sample.py --ckpt {shlex.quote(str(out / 'ckpt.pt'))}")
 
 
