@@ -165,11 +165,16 @@ def read_log(path):
         return list(csv.DictReader(file))
 
 
+def arguments_of(argv):
+    """train.py's arguments for a new run."""
+    return train.filled_in(train.make_parser().parse_args(["--out=runs/new", *argv]))
+
+
 def load_data(name, data_dir, size):
     """The data set of that name, as train.py loads it."""
     args = ["--dataset", name, "--image_size", str(size)]
     args += ["--data_dir", str(data_dir)] if data_dir else []
-    return train.DATASETS[name](train.parse_arguments(args), CPU)
+    return train.DATASETS[name](arguments_of(args), CPU)
 
 
 def refused(main, arguments, capsys, *words):
@@ -1755,7 +1760,7 @@ def test_a_folder_says_what_it_found_and_what_it_left_out(tmp_path, capsys):
     if sys.platform == "linux":    # a name that is no UTF-8
         Image.new("RGB", (8, 8)).save(os.fsencode(tmp_path) + b"/dogs/caf\xe9.png")
         assert len(load_data("folder", tmp_path, 8)) == 9
-        assert len(train.DATASETS["folder"](train.parse_arguments([
+        assert len(train.DATASETS["folder"](arguments_of([
             "--dataset", "folder", "--data_dir", str(tmp_path), "--max_images", "7"]), CPU)) <= 7
         capsys.readouterr()
     assert shown.err.count("\n") == 3
@@ -2246,14 +2251,14 @@ def test_every_model_trains_on_latents_by_either_process(arch, photographs, here
 
 def test_when_latents_are_the_default_and_when_they_are_pointless(here, monkeypatch, capsys, offline):
     def latents(*arguments):
-        return train.parse_arguments([str(a) for a in arguments]).latents
+        return arguments_of([str(a) for a in arguments]).latents
     assert latents("--arch", "mamba") == "off" == latents("--image_size", 64)
     assert latents("--arch", "mamba", "--image_size", 64) == "taesd"
     assert latents("--arch", "mamba", "--image_size", 64, "--latents", "off") == "off"
     assert latents("--latents") == "taesd" and latents("--latents", "taef2") == "taef2"
     for flags, weights in (([], lf.PhysicsLoss.DEFAULT), (["--latents"], {}),
                            (["--latents", "--physics", "on"], lf.PhysicsLoss.DEFAULT)):
-        assert train.parse_arguments(["--image_size", "64", *flags]).physics == weights
+        assert arguments_of(["--image_size", "64", *flags]).physics == weights
     small_taesd(here / "weights")
     options = [*SMALL, "--latents", "--steps", "1", "--out", "run"]
     refused(train.main, [*options, "--image_size", "60"], capsys, "60", "multiple of 8")
@@ -2901,7 +2906,7 @@ def test_what_is_typed_when_a_run_goes_on_is_applied_or_refused_by_name(here):
     flags = {"labels", "no_mirror"}
     names = {action.dest for action in train.make_parser()._actions} - {"help", "resume", "overwrite"}
     assert names == {*free, *other, *flags}    # every option is in one of them
-    was = vars(train.parse_arguments([*smallest(dataset="folder", data_dir="here", taesd_dir="here", latents="taesd"),
+    was = vars(arguments_of([*smallest(dataset="folder", data_dir="here", taesd_dir="here", latents="taesd"),
                                       "--steps=9", "--out=run"]))
     path = Path("run/ckpt.pt")
     path.parent.mkdir()
@@ -3221,9 +3226,9 @@ def test_the_processor_asks_the_device_only_when_a_row_is_due(process, here, mon
     with Asked():
         train.main([*SMALL, "--steps", "30", "--log_every", "10", "--sample_every", "99",
                     "--save_every", "99", "--process", process, "--labels", "--out", "run"])
-    # steps 1 and 3 ask for the first loss and the time that a step takes, 10 and 20 for a row
+    # step 1 asks for the first loss, 10 and 20 for a row
     between = {step: n for step, n in asked.items() if 0 < step < 30}
-    assert set(between) == {1, 3, 10, 20} and max(between[10], between[20]) == 1, between
+    assert set(between) == {1, 10, 20} and max(between[10], between[20]) == 1, between
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3345,7 +3350,7 @@ def test_training_defaults_may_differ_by_arch(monkeypatch):
     row = {**train.DEFAULTS["nano"], "steps": 7}
     monkeypatch.setitem(train.DEFAULTS, ("unet", "nano"), row)
     for arch in lf.ARCHS:
-        args = train.parse_arguments(["--arch", arch, "--variant", "nano"])
+        args = arguments_of(["--arch", arch, "--variant", "nano"])
         found = {name: getattr(args, name) for name in row}
         assert found == (row if arch == "unet" else train.DEFAULTS["nano"])
 
@@ -3398,7 +3403,7 @@ def test_a_sampler_is_given_what_it_takes(trained, here, monkeypatch, capsys):
 
 
 def test_names_of_other_command_lines():
-    args = train.parse_arguments(["--model_size", "small", "--img_size", "128", "--epochs", "3"])
+    args = arguments_of(["--model_size", "small", "--img_size", "128", "--epochs", "3"])
     assert (args.variant, args.image_size, args.epochs) == ("small", 128, 3)
 
 
@@ -3616,7 +3621,7 @@ def test_a_run_of_minutes_is_the_run_of_the_steps_that_it_chose(flags, here, mon
     with pytest.raises(SystemExit):
         train.main(command)
     steps = lf.load_checkpoint("run/ckpt.pt")["args"]["steps"]
-    assert f"\n{steps} steps: one takes 500 ms" in capsys.readouterr().out and 60 < steps < 120
+    assert f"\n{steps} steps: a step takes 500 ms" in capsys.readouterr().out and 60 < steps < 120
     refused(train.main, [*command, "--resume", "--minutes", "2"], capsys, "another --minutes, which")
     after_step(60, lambda model: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit):

@@ -20,7 +20,6 @@ import hashlib
 import importlib
 import inspect
 import io
-import itertools
 import math
 import os
 import shlex
@@ -40,8 +39,6 @@ import torch.distributed as dist
 import torchvision
 from PIL import Image, ImageOps, PngImagePlugin
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import ConcatDataset
-from torchvision.utils import make_grid
 
 try:
     import fcntl
@@ -95,7 +92,6 @@ def user_data():
 # .training and .held_out are the indices of those that are trained on, and of those that never are.
 # data[indices] gives pictures (B, 3, H, W) in [-1, 1] on its device; picture i + len(data) is
 # picture i, mirrored.
-# ------------------------------------------------------------------------------------------------
 
 class DataSet:
     """What data sets of pictures share; each has its own len(), pictures(indices) and the rest.
@@ -134,8 +130,8 @@ def mark(content):
 
 def split(order):
     """(training, held-out) of indices (N,): the first HELD_OUT, at most half, are held out."""
-    held_out = min(HELD_OUT, len(order) // 2)
-    return order[held_out:], order[:held_out]
+    count = min(HELD_OUT, len(order) // 2)
+    return order[count:], order[:count]
 
 
 def shuffled_order(count):
@@ -175,9 +171,9 @@ class Shapes(DataSet):
     """The built-in data set: one shape on a two-colour gradient, drawn when it is asked for.
 
     Every picture is a function of its label and 12 numbers in [0, 1), drawn once from count and
-    seed, so that picture i is always the same, at any size, on any device. A shape is a signed
-    distance d(u, v), negative inside, in a frame in which its size is 1; coverage goes from 0 to
-    1 within one pixel around d = 0, which makes the edges smooth.
+    seed: picture i is the same at any size, on any device. A shape is a signed distance d(u, v),
+    negative inside, in a frame in which its size is 1; coverage goes from 0 to 1 within one pixel
+    around d = 0, which makes the edges smooth.
     """
 
     classes = "circle", "square", "triangle", "ring", "cross", "star"
@@ -280,30 +276,20 @@ def fit_picture(image, size):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-# Sources. Each function takes a folder and fit, which makes a tensor of a PIL picture, and returns
-# (source, labels, classes) with source[i] = (fit(picture i), label i), as torchvision has it. Ours
-# have source.content(i) instead, the bytes of picture i, and source.names.
+# Each function takes a folder and fit, which makes a tensor of a PIL picture, and returns (source,
+# labels, classes): a Source, or one with source[i] = (fit(picture i), label i), of torchvision.
 
-class Files:
-    """The source of picture files below a folder; .left_out counts what else there is, and why.
-
-    .known (N,): what tells one file from another, without a look inside.
+class Source:
+    """Pictures whose bytes content(i) gives. names tell one from another, known tells them from
+    others of that name without a look inside; left_out counts what is no picture, by reason.
     """
 
-    def __init__(self, root):
-        self.left_out = Counter()
-        self.paths = list(files_below(root, self.left_out))
-        self.names = [unicodedata.normalize("NFC", path.relative_to(root).as_posix())
-                      for path in self.paths]
-        self.known = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in
-                      zip(self.names, (path.stat() for path in self.paths))]
+    def __init__(self, names, content, known=None, left_out=()):
+        self.names, self.content = names, content
+        self.known, self.left_out = known or names, Counter(left_out)
 
     def __len__(self):
-        return len(self.paths)
-
-    def content(self, i):
-        """The bytes of picture i."""
-        return self.paths[i].read_bytes()
+        return len(self.names)
 
 
 def files_below(folder, left_out, above=()):
@@ -323,21 +309,24 @@ def files_below(folder, left_out, above=()):
 def folder(root, fit):
     """Every picture below a folder; the first folders in which they differ are classes."""
     if not root or not root.is_dir():
-        raise Refused("--dataset folder needs --data_dir, a folder of pictures"
-                      + (f"; there is no folder {root}" if root else ""))
-    source = Files(root)
-    if not source.paths:
-        raise Refused(f"there is no picture in {root}; files ending in "
-                      f"{' '.join(sorted(EXTENSIONS))} are looked for")
-    folders = [name.split("/")[:-1] for name in source.names]
+        raise Refused(f"--dataset folder needs --data_dir, a folder of pictures; got {root}")
+    left_out = Counter()
+    paths = list(files_below(root, left_out))
+    if not paths:
+        raise Refused(f"no file in {root} ends in {' '.join(sorted(EXTENSIONS))}")
+    names = [unicodedata.normalize("NFC", path.relative_to(root).as_posix()) for path in paths]
+    stats = [path.stat() for path in paths]
+    known = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(names, stats)]
+    folders = [name.split("/")[:-1] for name in names]
     above = len(os.path.commonprefix(folders))    # images, of images/cats/1.png, is no class
-    names = ["".join(folder[above:above + 1]) for folder in folders]
-    classes = sorted(set(names))
+    ours = ["".join(folder[above:above + 1]) for folder in folders]
+    classes = sorted(set(ours))
     if len(classes) > 1 and SPLITS.issuperset(map(str.lower, classes)):
         warn(f"{root}: its folders {', '.join(classes)} are read as classes, and pictures of all "
              "are held out; for the pictures of one, give that folder as --data_dir")
     number_of = dict(zip(classes, range(len(classes))))
-    return source, [number_of[name] for name in names], classes
+    source = Source(names, lambda i: paths[i].read_bytes(), known, left_out)
+    return source, [number_of[name] for name in ours], classes
 
 
 CIFAR_URLS = {    # the same files; their home, the last, has been very slow since June 2026
@@ -373,7 +362,7 @@ def flowers102(root, fit):
              for split in ("train", "val", "test")]
     labels = [label for part in parts for label in part._labels]
     numbers = [str(i + 1) for i in range(102)]    # torchvision has had the names since 0.22
-    return ConcatDataset(parts), labels, getattr(parts[0], "classes", numbers)
+    return parts[0] + parts[1] + parts[2], labels, getattr(parts[0], "classes", numbers)
 
 
 def celeba(root, fit):
@@ -382,38 +371,28 @@ def celeba(root, fit):
     return source, [0] * len(source), [""]
 
 
-class LSUN:
-    """The source of LSUN's databases, a folder each. torchvision's own leaves a file behind."""
-
-    def __init__(self, folders):
-        import lmdb
-        self.labels, self.keys, self.names, self.databases = [], [], [], []
-        for label, path in enumerate(folders):
-            self.databases.append(lmdb.open(str(path), readonly=True, lock=False, readahead=False))
-            with self.databases[-1].begin() as view:
-                keys = list(view.cursor().iternext(values=False))
-            self.keys += keys
-            self.names += [f"{path.name}/{key.decode(errors='replace')}" for key in keys]
-            self.labels += [label] * len(keys)
-
-    def __len__(self):
-        return len(self.keys)
-
-    def content(self, i):
-        """The bytes of picture i."""
-        with self.databases[self.labels[i]].begin() as view:
-            return view.get(self.keys[i])
-
-
 def lsun(root, fit):
-    """The training pictures of every category of LSUN that there is in a folder."""
+    """The training pictures of LSUN's categories in a folder. torchvision's own leaves a file."""
     folders = sorted(root.glob("*_train_lmdb")) if root else []
     if not folders:
-        raise Refused("--dataset lsun needs --data_dir, a folder with bedroom_train_lmdb, or "
-                      "other categories, in it; github.com/fyu/lsun has a script that downloads "
-                      f"them{f'. There is none in {root}' if root else ''}")
-    source = LSUN(folders)
-    return source, source.labels, [path.name.removesuffix("_train_lmdb") for path in folders]
+        raise Refused("--dataset lsun needs --data_dir, a folder with bedroom_train_lmdb and the "
+                      f"like, which a script of github.com/fyu/lsun downloads; got {root}")
+    import lmdb
+    keys, names, labels = [], [], []
+    for label, path in enumerate(folders):
+        database = lmdb.open(str(path), readonly=True, lock=False, readahead=False)
+        with database.begin() as view:
+            found = list(view.cursor().iternext(values=False))
+        keys += [(database, key) for key in found]
+        names += [f"{path.name}/{key.decode(errors='replace')}" for key in found]
+        labels += [label] * len(found)
+
+    def content(i):
+        database, key = keys[i]
+        with database.begin() as view:
+            return view.get(key)
+    classes = [path.name.removesuffix("_train_lmdb") for path in folders]
+    return Source(names, content), labels, classes
 
 
 def decode(source, names, chosen, size, args, device):
@@ -431,7 +410,7 @@ def decode(source, names, chosen, size, args, device):
             content = source.content(i)
             return fit_picture(open_picture(content), size), mark(content)
         except Exception as error:    # noqa: BLE001 - decoders fail in many ways
-            return f"skipped {names[i]} ({str(error).replace(chr(10), ' ')})"
+            warn(f"skipped {names[i]} ({str(error).replace(chr(10), ' ')})")
 
     def fill(file):
         progress = Progress("reading pictures", len(chosen))
@@ -439,9 +418,7 @@ def decode(source, names, chosen, size, args, device):
             for start in range(0, len(chosen), 1024):
                 part = chosen[start:start + 1024]
                 for i, found in zip(part, pool.map(read, part)):
-                    if isinstance(found, str):
-                        warn(found)
-                    else:
+                    if found:
                         file.write(found[0].numpy().tobytes())
                         kept.append(i)
                         marks.append((mark(names[i]), found[1]))
@@ -452,8 +429,8 @@ def decode(source, names, chosen, size, args, device):
         fill(memory := io.BytesIO())
         images = torch.frombuffer(memory.getbuffer(), dtype=torch.uint8) if kept else torch.empty(0)
         return images.view(-1, 3, size, size).to(device), kept, torch.tensor(marks)
-    known = [getattr(source, "known", names)[i] for i in chosen]
-    key = mark(repr([args.dataset, size, known]))
+    known = getattr(source, "known", names)
+    key = mark(repr([args.dataset, size, [known[i] for i in chosen]]))
     raw = Path(args.out).parent / f"pictures-{args.dataset}-{size}-{key:+x}.bin"
     if not raw.exists():
         raw.with_suffix(".pt").unlink(missing_ok=True)
@@ -470,22 +447,19 @@ def decode(source, names, chosen, size, args, device):
 def kept_beside(path, key, what, make):
     """make(), a dict: from a file beside the run, or, where there is none, made and kept there.
 
-    key: of all that it is made from, which is in the file's name, too. Refused if the file holds
-    something else, or is damaged.
+    key: of all that it is made from. Refused if the file holds something else, or is damaged.
     """
     if path.exists():
         with user_data():
             saved = lf.load_checkpoint(path)
         if not isinstance(saved, dict) or saved.get("key", key) != key:
-            raise Refused(f"{path}: {what} of other pictures, or made otherwise, than its name "
-                          "says; remove it, and they are made again")
+            raise Refused(f"{path}: {what} of other pictures; remove it, and they are made again")
         say(f"{what} from {path}")
         return saved
     path.parent.mkdir(parents=True, exist_ok=True)
     saved = {"key": key, **make()}
     lf.save_checkpoint(path, saved)
-    size = sum(file.stat().st_size for file in path.parent.glob(f"{path.stem}.*"))
-    say(f"{what} kept in {path} ({size / 2**20:.0f} MiB)")
+    say(f"{what} kept in {path}")
     return saved
 
 
@@ -519,8 +493,7 @@ def stored(make, side=math.inf, package=None, files=None, mirror=True):
             order = shuffled_order(len(source)).tolist()
         chosen = sorted(order[:args.max_images])    # all, if that is None
         if size > 2 * side:
-            warn(f"the pictures of {name} have {side} pixels: at {size} the model learns to draw "
-                 "them blown up, and the more slowly for it")
+            warn(f"{name} has {side} pixels: at {size} the model learns to draw it blown up")
         images, kept, marks = decode(source, names, chosen, size, args, device)
         if not kept:
             raise Refused(f"--dataset {name}: no picture could be read")
@@ -581,9 +554,7 @@ def shuffled(indices, batch_size, seed, skip=0, mirror=0):
 
 # ------------------------------------------------------------------------------------------------
 # Latents. An autoencoder makes pictures eight times smaller in height and in width, and the model
-# never sees a pixel. To encode takes long and always gives the same, so it is done once, before
-# the training, and kept in a file beside the run.
-# ------------------------------------------------------------------------------------------------
+# never sees a pixel. All are encoded once, before the training, and kept in a file beside the run.
 
 def load_taesd(name, folder, device):
     """The autoencoder of that name, from a folder of the user's, or downloaded if that is None."""
@@ -595,42 +566,38 @@ def load_taesd(name, folder, device):
 
 
 @torch.no_grad()
-def encode_all(data, taesd, device, batch=16):
-    """Every picture's latent, then every mirrored one's: (2 N, C, h, w) float16, on the CPU.
+def encoded(data, taesd, args, device, batch=16):
+    """The latents of every picture, then of every mirrored one: (2 N, C, h, w) float16, on the CPU.
 
-    Both, as the latent of a mirrored picture is not the mirrored latent.
+    They are kept for other runs on the same pictures, of that size, by that encoder.
     """
-    height, width = data[torch.tensor([0])].shape[2:]
-    latents = torch.empty(2 * len(data), taesd.latent_channels, height // 8, width // 8,
-                          dtype=torch.float16)
-    say(f"encoding {len(data)} pictures, and mirrored, into {latents.nbytes / 2**20:.0f} MiB of "
-        "memory; --max_images bounds them")
-    progress = Progress("encoding", len(latents))
-    for part in torch.arange(len(latents)).split(batch):
-        latents[part] = taesd.encode(data[part].to(device)).half().cpu()
-        progress(part[-1].item() + 1)
-    progress.close()
-    return latents
-
-
-def cached_latents(data, taesd, args, device):
-    """encode_all(data), kept for other runs on the same pictures, of that size, by that encoder."""
     pictures = (f"{args.dataset} {args.seed} {len(data)}" if data.marks is None
                 else data.marks.tolist())
     made_from = f"{args.image_size} {pictures}".encode()
     for value in taesd.encoder.state_dict().values():
         made_from += value.cpu().numpy().tobytes()
     key = hashlib.sha1(made_from).hexdigest()
+
+    def make():
+        count, side = 2 * len(data), args.image_size // 8
+        latents = torch.empty(count, taesd.latent_channels, side, side, dtype=torch.float16)
+        say(f"encoding {len(data)} pictures, and mirrored, into {latents.nbytes / 2**20:.0f} MiB")
+        progress = Progress("encoding", count)
+        for part in torch.arange(count).split(batch):
+            latents[part] = taesd.encode(data[part].to(device)).half().cpu()
+            progress(part[-1].item() + 1)
+        progress.close()
+        return {"latents": latents}
+
     name = f"latents-{args.dataset}-{args.image_size}-{args.latents}-{key[:12]}.pt"
-    return kept_beside(Path(args.out).parent / name, key, "latents",
-                       lambda: {"latents": encode_all(data, taesd, device)})["latents"]
+    return kept_beside(Path(args.out).parent / name, key, "latents", make)["latents"]
 
 
 class Latents(DataSet):
     """A data set of latents in place of pictures; every channel has mean 0, standard deviation 1.
 
-    latents (2 N, C, h, w), upright and mirrored; data: whose labels they have; name: of the
-    autoencoder. Samplers keep within "limit", the largest number in them.
+    latents: see encoded(); data: whose labels they have; name: of the autoencoder. Samplers keep
+    within "limit", the largest number in them.
     """
 
     def __init__(self, latents, data, name, device):
@@ -664,7 +631,8 @@ def decoded(x, taesd, latents):
 
 def grid_picture(pictures, columns=None):
     """Pictures (n, 3, H, W) in [-1, 1] -> one PIL picture, as square a grid as can be if None."""
-    grid = make_grid(shades(pictures), nrow=columns or math.ceil(math.sqrt(len(pictures))))
+    columns = columns or math.ceil(math.sqrt(len(pictures)))
+    grid = torchvision.utils.make_grid(shades(pictures), nrow=columns)
     return Image.fromarray(grid.permute(1, 2, 0).numpy())
 
 
@@ -676,7 +644,6 @@ def sampler_options(name, latents):
 
 # ------------------------------------------------------------------------------------------------
 # The console
-# ------------------------------------------------------------------------------------------------
 
 # Which of how many processes this is, and which on its machine; torchrun says so
 RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in
@@ -691,7 +658,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
+    """An ArgumentParser that shows defaults, and whose errors are one line."""
 
     def __init__(self, description):
         super().__init__(description=description, formatter_class=Help)
@@ -708,9 +675,8 @@ def fail(message):
 
 
 def say(text="", end="\n", err=False, before=""):
-    """Prints. A console that has gone away, or lacks a letter, is no reason to lose any work.
-
-    Control characters, which names in a stranger's files may have, become question marks.
+    """Prints. A console that has gone away, or lacks a letter, is no reason to lose any work;
+    control characters, which names in a stranger's files may have, become question marks.
     """
     name = "stderr" if err else "stdout"
     file = getattr(sys, name)
@@ -736,9 +702,9 @@ def number(kind, low, high=math.inf):
         except ValueError:
             value = math.nan
         if not low <= value <= high or value == math.inf:
-            limit = f"of at least {low}" if high == math.inf else f"between {low} and {high}"
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what} {limit}")
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not {'a whole number' if kind is int else 'a number'} "
+                + (f"of at least {low}" if high == math.inf else f"between {low} and {high}"))
         return value
     return parse
 
@@ -756,6 +722,7 @@ class Progress:
     def __init__(self, what, total, already=0):
         self.what, self.total, self.already = what, total, already
         self.start, self.shown, self.live = time.monotonic(), 0.0, sys.stdout.isatty()
+        self.over = "\r\x1b[K" if self.live else ""    # begins the line anew
 
     def __call__(self, done, text=""):
         """Shows the state, at most every 0.2 seconds (every 10, where it is not a terminal)."""
@@ -765,11 +732,11 @@ class Progress:
         self.shown = now
         left = (now - self.start) / max(done - self.already, 1) * (self.total - done)
         line = f"{self.what} {done}/{self.total} {text} {duration(left)} left"
-        say(line, end="" if self.live else "\n", before="\r\x1b[K" if self.live else "")
+        say(line, end="" if self.live else "\n", before=self.over)
 
     def note(self, text):
         """Leaves a line of its own above the one that is written over."""
-        say(text, before="\r\x1b[K" if self.live else "")
+        say(text, before=self.over)
         self.shown = 0.0
 
     def close(self):
@@ -801,7 +768,6 @@ def pick_device(name):
 # Several processes. torchrun starts this script once for each GPU and numbers them in the
 # environment; each works on its part of every batch. Everything random is drawn by all of them
 # for the whole batch, from the same seed, so that their number changes nothing but the speed.
-# ------------------------------------------------------------------------------------------------
 
 def join_group(device):
     """Meets the other processes, if there are any; only the first one goes on speaking."""
@@ -826,7 +792,7 @@ def summed(tensors):
     if WORLD > 1:
         dist.all_reduce(total)
     numbers = iter(total.tolist())
-    return [list(itertools.islice(numbers, tensor.numel())) for tensor in tensors]
+    return [[next(numbers) for _ in range(tensor.numel())] for tensor in tensors]
 
 
 def of_first(value, device):
@@ -855,7 +821,6 @@ def first_come_first(make):
 
 # ------------------------------------------------------------------------------------------------
 # Training
-# ------------------------------------------------------------------------------------------------
 
 def physics_weights(text):
     """--physics: "off", "on" (the default weights), name=weight,..., or on,name=weight,..."""
@@ -1027,9 +992,9 @@ class Precision:
     """--amp: which matrix products run in half precision, and what keeps that from going wrong.
 
     bf16 has float32's range, and needs nothing more. fp16 has not: small gradients would become 0,
-    so the loss is scaled up first; where that makes something overflow, the step is skipped and
-    the next scale is smaller. "auto" is bf16 where the hardware has it (is_bf16_supported also
-    counts emulation, as on a T4, unless told not to), fp16 on other GPUs, and off elsewhere.
+    so the loss is scaled up first; where that overflows, the step is skipped and the next scale is
+    smaller. "auto" is bf16 where the hardware has it (is_bf16_supported also counts emulation, as
+    on a T4, unless told not to), fp16 on other GPUs, and off elsewhere.
     """
 
     in_a_row = 20    # skipped steps after which it is no longer the search for a scale
@@ -1050,11 +1015,10 @@ class Precision:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
     def step(self, optimizer, parameters, losses):
-        """Clips the gradients at 1 and moves the weights; returns whether they were finite, ().
+        """Clips the gradients at 1 and moves the weights, if they are finite; returns whether, ().
 
-        Where they were not, the weights stay as they are. The device decides, and the processor
-        does not wait to hear of it: what each step came to is looked at when check() is called.
-        losses: name -> scalar tensor, to say which part it was.
+        The device decides, and the processor does not wait to hear of it: what each step came to
+        is looked at by check(). losses: name -> scalar tensor, to say which part it was.
         """
         self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -1087,8 +1051,7 @@ class Precision:
             if self.row == 1:
                 self.first = f"not finite at step {i}: {' and '.join(wrong[:-1] or wrong)}"
             if self.row >= (self.in_a_row if self.scaler.is_enabled() else 1):
-                raise Refused(f"{self.first}; a lower --lr may help. What was saved last is "
-                              "kept")
+                raise Refused(f"{self.first}; a lower --lr may help. The last save is kept")
         self.seen = []
 
 
@@ -1167,34 +1130,32 @@ def load_state(path):
     if not isinstance(state, dict) or "version" not in state:
         raise Refused(f"{path}: not a checkpoint of train.py")
     if state["version"] != CHECKPOINT_VERSION:
-        raise Refused(f"{path}: written by another version of train.py (its checkpoints are of "
-                      f"version {state['version']}, this program reads {CHECKPOINT_VERSION})")
+        raise Refused(f"{path}: of another version of train.py, {state['version']}; this program "
+                      f"reads {CHECKPOINT_VERSION}")
     return state
 
 
 def check_same_pictures(state, data):
-    """Refused if a checkpoint's run had other pictures, or held out others, than data has.
+    """Refused if a checkpoint's run had other pictures: other names below the folder, or contents.
 
-    Where and when its files lie does not matter, only their names below the folder and contents;
-    and what the classes are called only to a model that was told of them.
+    What the classes are called matters only to a model that was told of them.
     """
     if state["config"]["num_classes"] and list(state["classes"]) != list(data.classes):
         raise Refused(f"the run was started with the classes {', '.join(state['classes'])}, "
                       f"and here are {', '.join(data.classes)}")
-    was, differ = state.get("marks"), []
+    was, differ = state.get("marks"), ""
     if was is not None and data.marks is not None:
         was, now = dict(was.tolist()), dict(data.marks.tolist())
         name_of = dict(zip(now, data.names))
-        new = [m for m in now if m not in was]
-        changed = [m for m in now if m in was and was[m] != now[m]]
-        for what, marks in ("new", new), ("changed", changed):
+        for what, marks in (("new", [m for m in now if m not in was]),
+                            ("changed", [m for m in now if was.get(m, now[m]) != now[m]])):
             some = ", ".join(name_of[m] for m in marks[:3]) + (", ..." if len(marks) > 3 else "")
-            differ += [f"{len(marks)} {what} ({some})"] if marks else []
+            differ += f"{len(marks)} {what} ({some}), " if marks else ""
         gone = sum(m not in now for m in was)
-        differ += [f"{gone} gone"] if gone else []
+        differ += f"{gone} gone" if gone else ""
     if differ or state["pictures"] != len(data):
         raise Refused(f"the run was started with {state['pictures']} pictures, and here are "
-                      f"{len(data)}{': ' if differ else ''}{', '.join(differ)}")
+                      f"{len(data)}: {differ.rstrip(', ') or 'which, it does not know'}")
 
 
 # What a resumed run may change: nothing that moves the weights by more than rounding, but steps
@@ -1237,19 +1198,6 @@ def load_run(path, argv):
     return args, state
 
 
-def check_goes_on(state, args, data):
-    """ValueError if a run's checkpoint does not fit its data, or has had all its steps."""
-    check_same_pictures(state, data)
-    was, now = state["latents"], data.latents
-    if now and (was["mean"].shape != now["mean"].shape
-                or not torch.allclose(was["mean"], now["mean"], atol=0.01)):
-        raise Refused(f"the run in {args.out} was started with other latents: other pictures, "
-                      "or other weights of the autoencoder")
-    if state["step"] >= args.steps:
-        raise Refused(f"the run in {args.out} has had its {state['step']} steps; to go on, give "
-                      "more --steps")
-
-
 def restore(state, model, ema, optimizer, precision):
     """Puts back what a checkpoint holds of a run; returns how many steps it has had."""
     model.load_state_dict(state["model"])
@@ -1267,8 +1215,7 @@ def restore(state, model, ema, optimizer, precision):
 @contextlib.contextmanager
 def owned(out):
     """Makes a run's folder, and keeps others from training there; Refused while another one does.
-
-    The lock is on the folder, and dies with its process. Windows, and some file systems, have none.
+    The lock dies with its process. Windows, and some file systems, have none.
     """
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     out.mkdir(parents=True, exist_ok=True)
@@ -1306,21 +1253,12 @@ def steps_until(deadline, args, device, advance, draw, test):
     testing = one + 49 * (three - one) / 2 + 16 * timed(lambda: test(1 / 16), device)
     left = of_first(deadline - time.monotonic(), device)
     steps = steps_within(left, took, testing, args.sample_every)
+    each = f"a step takes {1000 * took:.0f} ms, a test with its samples {duration(testing)}"
     if steps < 1:
-        raise Refused(f"--minutes {args.minutes:g}: too short for a single step; until now "
-                      f"{duration(args.minutes * 60 - left)} went by, a step takes "
-                      f"{duration(took)}, the test and the samples {duration(testing)}")
-    say(f"{steps} steps: one takes {1000 * took:.0f} ms, a test with its samples "
-        f"{duration(testing)}, and {duration(left)} are left")
+        raise Refused(f"--minutes {args.minutes:g}: too short for a single step: {each}, and "
+                      f"{duration(left)} are left")
+    say(f"{steps} steps: {each}, and {duration(left)} are left")
     return steps
-
-
-def make_room(out, resume):
-    """Makes samples/; removes what a kill left in a run's folder, and what is to be replaced."""
-    (out / "samples").mkdir(parents=True, exist_ok=True)
-    for name in [f"{name}.*.tmp" for name in RUN_FILES] + ([] if resume else [*RUN_FILES]):
-        for path in out.glob(name):
-            path.unlink()
 
 
 def train(args, model, network, data, taesd, precision, stop, state=None, deadline=None):
@@ -1350,18 +1288,16 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
     mine = [slice(i, i + size) for i in range(RANK * size, args.batch_size, WORLD * size)]
     classes = model.config["num_classes"]    # labels: 0 ... classes - 1; classes itself is hidden
 
-    def labels(indices):
-        """What the network is told of these pictures: (B,), or None."""
+    def told(indices):
+        """Pictures, and what the network is told of them, (B,) or None."""
         known = data.labels[moved(indices % len(data), data.labels.device)]
-        return moved(known, device) if classes else None
-
-    mirror = len(data) if DATASETS[args.dataset].mirror and not args.no_mirror else 0
+        return data[indices], moved(known, device) if classes else None
 
     def examples_from(first):
-        """Pictures and labels of each part of a batch, from that step on, without an end."""
+        """The same for each part of a batch, from that step on, without an end."""
+        mirror = len(data) if DATASETS[args.dataset].mirror and not args.no_mirror else 0
         for indices in shuffled(training, args.batch_size, args.seed, first, mirror):
-            for part in mine:
-                yield data[indices[part]], labels(indices[part])
+            yield from (told(indices[part]) for part in mine)
 
     examples = examples_from(first)
     network = DistributedDataParallel(network, broadcast_buffers=False) if WORLD > 1 else network
@@ -1373,14 +1309,11 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
     sample_labels = torch.arange(36, device=device) // 6 % classes if classes else None    # in rows
 
     def save(step):
-        """Writes ckpt.pt: all that the run needs to go on, and what sample.py needs.
-
-        Returns why that was not possible, or None.
-        """
+        """Writes ckpt.pt, all that a run and sample.py need; returns why it could not, or None."""
         weights = [*model.parameters(), *ema.model.parameters()]
         if not torch.stack(torch._foreach_norm(weights)).isfinite().all():
-            raise Refused(f"not finite after step {step}: weights; a lower --lr may help. What "
-                          "was saved last is kept")
+            raise Refused(f"not finite after step {step}: weights; a lower --lr may help. The "
+                          "last save is kept")
         state = {
             "version": CHECKPOINT_VERSION, "config": model.config, "process": args.process,
             "step": step, "classes": data.classes, "latents": data.latents, "args": vars(args),
@@ -1393,30 +1326,28 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
             try:
                 return lf.save_checkpoint(out / "ckpt.pt", state)
             except OSError as error:
-                reason = error
-        warn(f"step {step} could not be saved: {reason}")
-        return reason
-
-    def draw(steps=50):
-        """A grid of pictures from the averaged weights."""
-        name = SAMPLER_OF[process.predicts]
-        options = sampler_options(name, data.latents)
-        with precision.autocast():
-            drawn = torch.cat([
-                lf.SAMPLERS[name](ema.model, process, sample_noise[i:i + test_batch], steps,
-                               sample_labels[i:i + test_batch] if classes else None, **options)
-                for i in range(0, len(sample_noise), test_batch)])
-        return grid_picture(decoded(drawn, taesd, data.latents).cpu())
+                failure = error
+        warn(f"step {step} could not be saved: {failure}")
+        return failure
 
     # What fits into memory in training fits here; of small pictures there may be more
     test_batch = min(128, max(size, 2**15 // math.prod(shape[1:])))
 
+    def draw(steps=50):
+        """A grid of pictures from the averaged weights."""
+        sampler = SAMPLER_OF[process.predicts]
+        options = sampler_options(sampler, data.latents)
+        known = sample_labels.split(test_batch) if classes else [None] * len(sample_noise)
+        with precision.autocast():
+            drawn = [lf.SAMPLERS[sampler](ema.model, process, noise, steps, y, **options)
+                     for noise, y in zip(sample_noise.split(test_batch), known)]
+        return grid_picture(decoded(torch.cat(drawn), taesd, data.latents).cpu())
+
     def test(share=1):
         """The held-out loss of the averaged weights, on all held-out pictures or the first ones."""
         some = held_out[:math.ceil(share * len(held_out))]
-        return held_out_loss(
-            ema.model, process, lambda part: (data[some[part]], labels(some[part])),
-            test_noise[:len(some)], test_batch)
+        return held_out_loss(ema.model, process, lambda part: told(some[part]),
+                             test_noise[:len(some)], test_batch)
 
     def look(step):
         """Tests and draws; returns the held-out loss, or None. What fails here ends no run."""
@@ -1471,8 +1402,10 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
         precision.scaler.load_state_dict(scale)
         random_state(device, generators)
 
-    if not RANK:
-        make_room(out, args.resume)
+    if not RANK:    # what a kill left, and what is to be replaced
+        for name in [f"{name}.*.tmp" for name in RUN_FILES] + ([] if args.resume else [*RUN_FILES]):
+            for path in out.glob(name):
+                path.unlink()
     log = Log(out / "log.csv", physics.weights, device, first)
     progress, shown, unsaved = Progress("step", args.steps, first), "", None
     for step in range(first, args.steps):
@@ -1487,7 +1420,7 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
         stopping = False
         # Several processes must stop at the same step, so they look for a signal only at a row; one
         # looks at every step. Only here does the processor wait for the device.
-        if saving or showing or done - first in (1, 3) or done % args.log_every == 0 or (
+        if saving or showing or done == 1 or done % args.log_every == 0 or (
                 stop.signal and WORLD == 1):
             signals = torch.full((1,), stop.signal or 0, device=device)
             total, seen, signals = summed([log.total, precision.numbers(), signals])
@@ -1496,13 +1429,6 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
             if done == 1:
                 say(f"first loss {means['loss']:.3f}; a new model answers 0, which costs about "
                     f"{target().square().mean():.3f}, the mean square of what it should answer")
-            if done - first == 1:    # the first step is slower
-                begin = time.monotonic()
-            elif done - first == 3:
-                hours = (time.monotonic() - begin) / 2 * (args.steps - done) / 3600
-                if hours > 1:
-                    progress.note(f"this will take about {hours:.1f} h here; --variant nano, or "
-                                  "fewer --steps, are quicker")
         if (saving or stopping) and not RANK:    # first: what comes now may fail
             unsaved = save(done)
         if saving or showing or stopping or done % args.log_every == 0:
@@ -1544,30 +1470,22 @@ def make_parser():
     add = parser.add_argument
     add("--arch", choices=lf.ARCHS, default="patch", help="the model")
     add("--process", choices=lf.PROCESSES, help="what it learns; not given: what it was made for")
-    add("--variant", "--model_size", default="tiny",
-        help=f"its size: {', '.join(variants)}; not every model has all")
-    add("--dataset", choices=DATASETS, default="shapes",
-        help="shapes needs no download; folder is any pictures of yours")
+    add("--variant", "--model_size", default="tiny", help=f"its size: one of {', '.join(variants)}")
+    add("--dataset", choices=DATASETS, default="shapes", help="folder: any pictures of yours")
     add("--data_dir", help="the folder of pictures, or of LSUN; where to keep a download (data)")
-    add("--labels", action="store_true",
-        help="tell the model what each picture shows, so that sample.py can ask for it")
-    add("--no_mirror", action="store_true",
-        help="show no picture mirrored: for digits, letters, maps")
+    add("--labels", action="store_true", help="tell the model what each picture shows")
+    add("--no_mirror", action="store_true", help="mirror no picture: for digits, letters, maps")
     add("--max_images", type=number(int, 2), help="read no more than so many pictures")
-    add("--image_size", "--img_size", type=number(int, 1, LARGEST), default=32,
-        help="side of a picture, in pixels")
+    add("--image_size", "--img_size", type=number(int, 1, LARGEST), default=32, help="in pixels")
     add("--latents", nargs="?", const="taesd", choices=["off", *lf.TAESD_FILES],
-        help="train on the latents of this autoencoder; not given: arch mamba does from 64 pixels "
-             "up, with taesd")
+        help="of this autoencoder; not given: for arch mamba from 64 pixels up, of taesd")
     add("--taesd_dir", help="folder of the autoencoder's files; downloaded if not given")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=number(int, 1), help="batches to train on")
     length.add_argument("--epochs", type=number(int, 1), help="the same, as passes over the data")
-    length.add_argument("--minutes", type=number(float, 0.01),
-                        help="as many steps as fit into so many minutes on this machine")
+    length.add_argument("--minutes", type=number(float, 0.01), help="as many as fit into them here")
     add("--batch_size", type=number(int, 1), help="pictures in a batch, over all processes")
-    add("--grad_accum", type=number(int, 1), default=1,
-        help="work through a batch in this many parts, where it does not fit into memory")
+    add("--grad_accum", type=number(int, 1), default=1, help="parts of a batch, to save memory")
     add("--lr", type=number(float, 1e-12, 1), help="peak learning rate")
     add("--weight_decay", type=number(float, 0), default=0.01, help="of AdamW, for matrices")
     add("--ema", type=number(float, 0, 1), default=0.999, help="decay of the averaged weights")
@@ -1585,24 +1503,13 @@ def make_parser():
     add("--amp", choices=["auto", "off", "fp16", "bf16"], default="auto",
         help="half precision; auto: what the hardware is good at")
     add("--compile", nargs="?", const="on", default="auto", choices=["auto", "on", "off"],
-        help="let torch.compile fuse the model, which takes a minute, and makes each step faster; "
-             "auto: on a GPU, unless the run is short")
+        help="fuse the model by torch.compile; auto: on a GPU, unless the run is short")
     add("--device", default="auto", help="cpu, cuda, mps, or the fastest there is")
     add("--log_every", type=number(int, 1), default=50, help="steps between rows of log.csv")
     add("--sample_every", type=number(int, 1), help="steps between sample pictures and tests")
     add("--save_every", type=number(int, 1), default=500, help="steps between checkpoints")
     parser.set_defaults(split="names")    # how pictures are held out; see load_run()
     return parser
-
-
-def default_out(args):
-    """The folder of a run whose --out is not given."""
-    return f"runs/{args.arch}-{args.variant}-{args.dataset}"
-
-
-def parse_arguments(argv=None):
-    """The arguments of a new run; what is not given takes the default of its variant."""
-    return filled_in(make_parser().parse_args(argv))
 
 
 def filled_in(args):
@@ -1626,14 +1533,14 @@ def filled_in(args):
     if args.dataset == "shapes" and args.data_dir:
         raise Refused(f"--data_dir {args.data_dir}: --dataset shapes reads no pictures; --dataset "
                       "folder does")
-    args.out = args.out or default_out(args)
     return args
 
 
 def run(argv):
     """Trains what the command line asks for, in a folder that is nobody else's for as long."""
     args = make_parser().parse_args(argv)
-    out = Path(args.out or default_out(args))
+    args.out = args.out or f"runs/{args.arch}-{args.variant}-{args.dataset}"
+    out = Path(args.out)
     with contextlib.nullcontext() if RANK else owned(out):
         if args.resume and (out / "ckpt.pt").exists():
             set_up_and_train(*load_run(out / "ckpt.pt", argv))
@@ -1667,10 +1574,9 @@ def set_up_and_train(args, state=None):
     join_group(device)
     taesd, side, channels = None, args.image_size, 3
     if args.latents != "off":
-        if args.image_size < LATENTS_FROM:
-            warn(f"latents of {side}x{side} pictures have {side // 8}x{side // 8} numbers in a "
-                 f"channel: too few to tell shapes apart; below {LATENTS_FROM} pixels train on "
-                 "pixels")
+        if side < LATENTS_FROM:
+            warn(f"latents of {side // 8}x{side // 8} numbers are too few to tell shapes apart: "
+                 f"below {LATENTS_FROM} pixels train on pixels")
         taesd = first_come_first(lambda: load_taesd(args.latents, args.taesd_dir, device))
         side, channels = side // 8, taesd.latent_channels
     make_model = functools.partial(lf.create_model, args.arch, args.variant, side, channels,
@@ -1688,22 +1594,28 @@ def set_up_and_train(args, state=None):
         raise Refused(f"--labels: not all pictures of --dataset {args.dataset} have a class; "
                       "those of a folder are its sub-folders, two or more")
     if taesd:
-        data = Latents(first_come_first(lambda: cached_latents(data, taesd, args, device)),
-                       data, args.latents, device)
+        latents = first_come_first(lambda: encoded(data, taesd, args, device))
+        data = Latents(latents, data, args.latents, device)
     model = make_model(num_classes=len(data.classes) if args.labels else 0).to(device)
     training = len(data.training)
     if args.epochs:
         args.steps = -(-args.epochs * training // args.batch_size)                # rounded up
     if state:
-        check_goes_on(state, args, data)
+        check_same_pictures(state, data)
+        was, now = state["latents"], data.latents
+        if now and (was["mean"].shape != now["mean"].shape
+                    or not torch.allclose(was["mean"], now["mean"], atol=0.01)):
+            raise Refused(f"the run in {out} was started with other latents: other pictures, or "
+                          "other weights of the autoencoder")
+        if state["step"] >= args.steps:
+            raise Refused(f"the run in {out} has had its {state['step']} steps: give more --steps")
     network, how = compiled(model, args, args.batch_size // (WORLD * args.grad_accum), precision)
-    cells = getattr(model, "grid", None)
+    cells = math.prod(getattr(model, "grid", ()))    # 1 where there is none
     length = f"{args.steps} steps" if args.steps else f"{args.minutes:g} minutes of steps"
     say(f"{args.arch} {args.variant}: {sum(p.numel() for p in model.parameters()):,} parameters; "
         f"{training:,} pictures of {args.image_size}x{args.image_size}"
-        f"{f' as {cells[0] * cells[1]} tokens' if cells else ''}, {len(data) - training} held "
-        f"out; {length} of {args.batch_size} on {device}"
-        f"{f' and {WORLD - 1} more' if WORLD > 1 else ''}; {how}")
+        f"{f' as {cells} tokens' if cells > 1 else ''}, {len(data) - training} held out; {length} "
+        f"of {args.batch_size} on {device}{f' and {WORLD - 1} more' if WORLD > 1 else ''}; {how}")
     deadline = start + 60 * args.minutes if args.minutes else None
     start = time.monotonic()
     with Stop() as stop:
@@ -1711,9 +1623,8 @@ def set_up_and_train(args, state=None):
     if WORLD > 1:
         dist.destroy_process_group()
     seconds = max(1e-9, time.monotonic() - start)
-    steps = args.steps - (state["step"] if state else 0)
-    say(f"trained in {duration(seconds)}, tests and samples included: "
-        f"{steps * args.batch_size / seconds:.0f} images/s\n"
+    images = (args.steps - (state["step"] if state else 0)) * args.batch_size
+    say(f"trained in {duration(seconds)}, tests and all, {images / seconds:.0f} images/s\n"
         f"{out / 'ckpt.pt'}; next: python sample.py --ckpt {shlex.quote(str(out / 'ckpt.pt'))}")
 
 
