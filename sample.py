@@ -144,7 +144,6 @@ def draw(model, process, sampler, noise, y, args, picture_of, watch):
         more = {"generator": fresh[i * args.batch_size:][:len(part)]} if args.eta else {}
         drawn = sampler(model, process, part, args.steps, told, callback=report, **more)
         pictures.append(picture_of(drawn))
-    progress.close()
     return torch.cat(pictures)
 
 
@@ -276,7 +275,6 @@ def nearest(pictures, data, indices):
         which = torch.where(closer.cpu(), part[places.cpu()], which)
         done += len(part)
         progress(done)
-    progress.close()
     return torch.cat([(some - data[i].flatten(1)).square().mean(1).sqrt()
                       for some, i in zip(x.split(64), which.split(64))])
 

@@ -17,7 +17,6 @@ import copy
 import csv
 import functools
 import hashlib
-import importlib
 import inspect
 import io
 import math
@@ -255,10 +254,8 @@ def open_picture(content):
 
 
 def fit_picture(image, size):
-    """A PIL picture -> (3, size, size) uint8, upright, RGB, centre-cropped and resized.
-
-    Transparency becomes white; 16-bit grey keeps its upper 8 bits. ValueError for numbers whose
-    range nothing tells.
+    """A PIL picture -> (3, size, size) uint8, upright, RGB, centre-cropped, resized. Transparency
+    becomes white, 16-bit grey its upper 8 bits. ValueError for numbers whose range nothing tells.
     """
     wide = image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM")
     with contextlib.suppress(Exception):    # odd metadata do not spoil a picture
@@ -358,6 +355,7 @@ def stl10(root, fit):
 
 def flowers102(root, fit):
     """All 8,189 flowers: the official training split has only 1,020, and we hold out our own."""
+    import scipy  # noqa: F401 - torchvision asks for it after the download, and we before
     parts = [torchvision.datasets.Flowers102(root, split, transform=fit, download=True)
              for split in ("train", "val", "test")]
     labels = [label for part in parts for label in part._labels]
@@ -373,11 +371,11 @@ def celeba(root, fit):
 
 def lsun(root, fit):
     """The training pictures of LSUN's categories in a folder. torchvision's own leaves a file."""
+    import lmdb
     folders = sorted(root.glob("*_train_lmdb")) if root else []
     if not folders:
         raise Refused("--dataset lsun needs --data_dir, a folder with bedroom_train_lmdb and the "
                       f"like, which a script of github.com/fyu/lsun downloads; got {root}")
-    import lmdb
     keys, names, labels = [], [], []
     for label, path in enumerate(folders):
         database = lmdb.open(str(path), readonly=True, lock=False, readahead=False)
@@ -396,10 +394,8 @@ def lsun(root, fit):
 
 
 def decode(source, names, chosen, size, args, device):
-    """The chosen pictures of a source: images (N, 3, size, size) uint8, on the device; which of
-    them could be read; their marks (N, 2).
-
-    More than IN_MEMORY go into a file beside the run, and the next run on them finds it there.
+    """The chosen pictures of a source: images (N, 3, size, size) uint8, on the device, or, if they
+    take more than IN_MEMORY, in a file beside the run; which could be read; their marks (N, 2).
     """
     kept, marks = [], []
 
@@ -423,7 +419,6 @@ def decode(source, names, chosen, size, args, device):
                         kept.append(i)
                         marks.append((mark(names[i]), found[1]))
                 progress(start + len(part))
-        progress.close()
 
     if len(chosen) * 3 * size**2 <= IN_MEMORY:
         fill(memory := io.BytesIO())
@@ -446,8 +441,7 @@ def decode(source, names, chosen, size, args, device):
 
 def kept_beside(path, key, what, make):
     """make(), a dict: from a file beside the run, or, where there is none, made and kept there.
-
-    key: of all that it is made from. Refused if the file holds something else, or is damaged.
+    Refused if it is damaged, or has another key than that of all that make() makes it from.
     """
     if path.exists():
         with user_data():
@@ -463,19 +457,12 @@ def kept_beside(path, key, what, make):
     return saved
 
 
-def stored(make, side=math.inf, package=None, files=None, mirror=True):
-    """A row of DATASETS: the function(args, device) -> data set, for pictures that are stored.
-
-    make: one of the functions above; side: of its pictures; package: what it needs beside
-    requirements.txt; files: what it would download, if it can; mirror: see DATASETS.
+def stored(make, side=math.inf, files=None, mirror=True):
+    """A row of DATASETS, for pictures that are stored. make: one of the functions above; side: of
+    its pictures; files: what it would download, if it can; mirror: see DATASETS.
     """
     def load(args, device):
         name, size = args.dataset, args.image_size
-        try:
-            if package:
-                importlib.import_module(package)
-        except ImportError:
-            raise Refused(f"--dataset {name} needs {package}: pip install {package}") from None
         root = args.data_dir or ("data" if files else None)
         socket.setdefaulttimeout(30)    # torchvision would wait for ever on a silent host
         try:
@@ -483,6 +470,9 @@ def stored(make, side=math.inf, package=None, files=None, mirror=True):
                 root and Path(root), functools.partial(fit_picture, size=size))
         except Refused:
             raise
+        except ImportError as error:
+            lacks = error.name
+            raise Refused(f"--dataset {name} needs {lacks}: pip install {lacks}") from None
         except Exception as error:    # noqa: BLE001 - of torchvision, gdown, lmdb, an archive ...
             hint = (f". --dataset shapes needs no download; what you download yourself goes to "
                     f"{root}, as {files}" if files else "")
@@ -524,20 +514,20 @@ DATASETS = {
     "cifar10": stored(functools.partial(cifar, "CIFAR10"), 32, files="cifar-10-python.tar.gz"),
     "cifar100": stored(functools.partial(cifar, "CIFAR100"), 32, files="cifar-100-python.tar.gz"),
     "stl10": stored(stl10, 96, files="stl10_binary.tar.gz"),
-    "flowers102": stored(flowers102, 500, "scipy", "flowers-102/ with 102flowers.tgz, "
+    "flowers102": stored(flowers102, 500, "flowers-102/ with 102flowers.tgz, "
                          "imagelabels.mat and setid.mat"),
     # It comes from Google Drive, for which torchvision asks for gdown, and which often refuses
     "celeba": stored(celeba, 178, files="celeba/ with img_align_celeba.zip unpacked and the five "
                      ".txt files beside it"),
-    "lsun": stored(lsun, 256, "lmdb"),
+    "lsun": stored(lsun, 256),
 }
 
 
 def shuffled(indices, batch_size, seed, skip=0, mirror=0):
     """Endless batches of indices, every epoch in a new order; no picture is left out.
 
-    skip: how many batches a run that is resumed has seen already. mirror: what makes an index that
-    of the mirror image, added by the toss of a coin; 0 leaves every picture as it is.
+    skip: batches that a resumed run has seen already. mirror: makes an index that of the mirror
+    image, added by the toss of a coin; 0 leaves every picture as it is.
     """
     generator = torch.Generator().manual_seed(seed)
     queue = indices[:0]
@@ -558,18 +548,15 @@ def shuffled(indices, batch_size, seed, skip=0, mirror=0):
 
 def load_taesd(name, folder, device):
     """The autoencoder of that name, from a folder of the user's, or downloaded if that is None."""
+    paths = (Path(folder or "") / f"{name}_{half}.pth" for half in ("encoder", "decoder"))
     with user_data():
-        if folder is None:
-            return lf.TAESD.pretrained(name).to(device)
-        paths = (Path(folder) / f"{name}_{half}.pth" for half in ("encoder", "decoder"))
-        return lf.TAESD.load(*paths).to(device)
+        return (lf.TAESD.load(*paths) if folder else lf.TAESD.pretrained(name)).to(device)
 
 
 @torch.no_grad()
 def encoded(data, taesd, args, device, batch=16):
-    """The latents of every picture, then of every mirrored one: (2 N, C, h, w) float16, on the CPU.
-
-    They are kept for other runs on the same pictures, of that size, by that encoder.
+    """The latents of every picture, then of every mirrored one: (2 N, C, h, w) float16, on the CPU,
+    and in a file for other runs on the same pictures, of that size, by that encoder.
     """
     pictures = (f"{args.dataset} {args.seed} {len(data)}" if data.marks is None
                 else data.marks.tolist())
@@ -586,7 +573,6 @@ def encoded(data, taesd, args, device, batch=16):
         for part in torch.arange(count).split(batch):
             latents[part] = taesd.encode(data[part].to(device)).half().cpu()
             progress(part[-1].item() + 1)
-        progress.close()
         return {"latents": latents}
 
     name = f"latents-{args.dataset}-{args.image_size}-{args.latents}-{key[:12]}.pt"
@@ -667,13 +653,6 @@ class Parser(argparse.ArgumentParser):
         raise Refused(message)
 
 
-def fail(message):
-    """Ends the program with one line on stderr and exit code 2."""
-    who = Path(sys.argv[0]).name + (f" (process {RANK})" if WORLD > 1 else "")
-    say(f"{who}: {' '.join(str(message).split())}", err=True)
-    sys.exit(2)
-
-
 def say(text="", end="\n", err=False, before=""):
     """Prints. A console that has gone away, or lacks a letter, is no reason to lose any work;
     control characters, which names in a stranger's files may have, become question marks.
@@ -732,15 +711,15 @@ class Progress:
         self.shown = now
         left = (now - self.start) / max(done - self.already, 1) * (self.total - done)
         line = f"{self.what} {done}/{self.total} {text} {duration(left)} left"
-        say(line, end="" if self.live else "\n", before=self.over)
+        say(line, end="" if self.live and done < self.total else "\n", before=self.over)
 
     def note(self, text):
         """Leaves a line of its own above the one that is written over."""
         say(text, before=self.over)
         self.shown = 0.0
 
-    def close(self):
-        """Ends the line."""
+    def break_off(self):
+        """Ends the line before all is done."""
         if self.live:
             say()
 
@@ -773,8 +752,8 @@ def join_group(device):
     """Meets the other processes, if there are any; only the first one goes on speaking."""
     told = [name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")]
     if any(told[:2]) and not all(told) or not 0 <= LOCAL_RANK <= RANK < WORLD:
-        raise Refused("RANK, LOCAL_RANK, WORLD_SIZE and MASTER_ADDR do not fit together: start "
-                      "several processes with torchrun, and one without them in the environment")
+        raise Refused("RANK, LOCAL_RANK, WORLD_SIZE and MASTER_ADDR in the environment do not fit "
+                      "together: start several processes with torchrun, and one without them")
     if WORLD > 1:
         say(f"waiting for {WORLD} processes to meet")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
@@ -784,10 +763,7 @@ def join_group(device):
 
 
 def summed(tensors):
-    """Tensors -> for each a list of its numbers, summed over all processes.
-
-    One exchange and one wait for the device, however many numbers there are.
-    """
+    """Each tensor's numbers, a list, summed over all processes: one exchange, one wait for all."""
     total = torch.cat([tensor.flatten().float() for tensor in tensors])
     if WORLD > 1:
         dist.all_reduce(total)
@@ -949,9 +925,8 @@ class Log:
         self.images, self.start = 0, time.monotonic()
 
     def add(self, errors, t, parts):
-        """A part of a batch: the error of each picture (B,), its t (B,), the physics terms.
-
-        Sums stay on the device: to ask for a number would make the processor wait for it.
+        """A part of a batch: the error of each picture (B,), its t (B,), the physics terms. Sums
+        stay on the device: to ask for a number would make the processor wait for it.
         """
         quarter = torch.arange(4, device=t.device) == (t * 4).long().clamp(max=3)[:, None]
         quarter = quarter.to(errors)                                                # (B, 4)
@@ -1039,9 +1014,8 @@ class Precision:
         return torch.stack([v.float() for losses in self.seen for v in losses.values()])
 
     def check(self, step, numbers):
-        """Looks at these numbers, of all steps since the last time, up to this one.
-
-        Refused after too many steps in a row that had to be skipped; one, without a scaler.
+        """Looks at these numbers, of all steps since the last time, up to this one; Refused after
+        too many in a row that had to be skipped; one, without a scaler.
         """
         numbers = iter(numbers)
         for i, losses in enumerate(self.seen, step + 1 - len(self.seen)):
@@ -1226,8 +1200,7 @@ def owned(out):
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             made = []
-            raise Refused(f"another process is training in {out}: wait for it, or give another "
-                          "--out") from None
+            raise Refused(f"another process is training in {out}: give another --out") from None
         except OSError:    # a file system without locks
             pass
         yield
@@ -1242,8 +1215,7 @@ def owned(out):
 def steps_until(deadline, args, device, advance, draw, test):
     """How many steps fit until the deadline, by a trial; Refused if none does.
 
-    advance(step, lr), draw(steps) and test(share) are train()'s; the steps are taken at rate 0, so
-    that no weight moves.
+    advance(step, lr), draw(steps), test(share): train()'s. At rate 0 no weight moves.
     """
     advance(0, 0.0)    # the first one is slower
     second = max(1e-9, timed(lambda: advance(0, 0.0), device))
@@ -1439,7 +1411,7 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
             log.write(**row)    # with every save, as a resumed run starts with an empty one
         progress(done, shown)
         if stopping and not last:
-            progress.close()
+            progress.break_off()
             if not RANK and not unsaved:
                 say(f"stopped at step {done} and saved; to go on, give the same command again "
                     "with --resume", err=True)
@@ -1449,7 +1421,6 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
             if not unsaved:
                 sys.exit(128 + (stop.signal or signal.SIGTERM))
             break
-    progress.close()
     log.close()
     if unsaved:
         raise Refused(f"the run has ended at step {done}, and {out / 'ckpt.pt'} could not be "
@@ -1531,8 +1502,7 @@ def filled_in(args):
     if args.latents == "off" and args.taesd_dir:
         raise Refused("--taesd_dir is for --latents, which are off")
     if args.dataset == "shapes" and args.data_dir:
-        raise Refused(f"--data_dir {args.data_dir}: --dataset shapes reads no pictures; --dataset "
-                      "folder does")
+        raise Refused(f"--data_dir {args.data_dir}: read by --dataset folder, and not by shapes")
     return args
 
 
@@ -1561,8 +1531,8 @@ def set_up_and_train(args, state=None):
     out = Path(args.out)
     old = any(path for name in RUN_FILES for path in out.glob(name))
     if old and not args.overwrite and not args.resume and not RANK:
-        raise Refused(f"{out} already holds a run: --resume goes on with it, --overwrite "
-                      "replaces it, another --out leaves it alone")
+        raise Refused(f"{out} holds a run: --resume goes on with it, --overwrite replaces it, "
+                      "another --out leaves it alone")
     if args.dataset == "folder" and args.data_dir and (
             (out / "samples").resolve().is_relative_to(Path(args.data_dir).resolve())):
         raise Refused(f"--out {out} is inside --data_dir {args.data_dir}: the run would train "
@@ -1631,17 +1601,20 @@ def set_up_and_train(args, state=None):
 def guarded(program, argv, smaller):
     """program(argv); what a user can mend is a line and exit code 2. smaller: to save memory."""
     try:
-        program(argv)
+        return program(argv)
     except (Refused, OSError) as error:
-        fail(error)
+        message = error
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or any(words in str(error) for words in (
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in (
                 "out of memory", "allocate memory", "not enough memory")):
-            fail(f"out of memory: {smaller}")
-        raise
+            raise
+        message = f"out of memory: {smaller}"
     except KeyboardInterrupt:
         say()
-        fail("interrupted; what was saved last is kept")
+        message = "interrupted; what was saved last is kept"
+    who = Path(sys.argv[0]).name + (f" (process {RANK})" if WORLD > 1 else "")
+    say(f"{who}: {' '.join(str(message).split())}", err=True)
+    sys.exit(2)
 
 
 def main(argv=None):
