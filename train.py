@@ -6,8 +6,7 @@
     python train.py --dataset folder --data_dir my/pictures   your own
     torchrun --nproc_per_node=8 train.py                      eight GPUs
 
-Then `python sample.py`. A run lives in runs/<arch>-<variant>-<dataset>/: ckpt.pt, log.csv and
-samples/. Read this file from the bottom: run() sets up, train() is the loop.
+Then `python sample.py`. Read this file from the bottom: run() sets up, train() is the loop.
 """
 
 import argparse
@@ -55,6 +54,12 @@ EPOCH_OF_SHAPES = 50_000    # pictures
 LARGEST = 4096              # pixels of a side
 LATENTS_FROM = 64           # pixels; smaller pictures have latents of less than 8x8
 IN_MEMORY = 2 * 2**30       # bytes of pictures; a larger set is kept in a file beside the run
+FUSED = "cpu", "cuda"       # where torch has an AdamW in one piece
+COMPILE_FROM = 2000, 5      # steps, minutes: fewer would not win back what compiling takes
+
+# What a resumed run may change: nothing that moves the weights by more than rounding, but steps
+MAY_CHANGE = {"steps", "epochs", "grad_accum", "log_every", "sample_every", "save_every", "device",
+              "compile", "data_dir", "taesd_dir", "out", "resume", "overwrite"}
 
 # What each model was designed for, and the sampler for what a process's network predicts
 PROCESS_OF = {"patch": "flow", "unet": "flow", "mamba": "diffusion"}
@@ -70,7 +75,6 @@ DEFAULTS = {
     "large": {"steps": 100_000, "batch_size": 64, "lr": 1e-4, "sample_every": 1000},
     "512": {"steps": 100_000, "batch_size": 16, "lr": 2e-4, "sample_every": 1000},
 }
-COMPILE_FROM = 2000, 5    # steps, minutes: a run of fewer would not win back what compiling takes
 
 
 class Refused(ValueError):
@@ -141,8 +145,8 @@ def shuffled_order(count):
 class Pictures(DataSet):
     """Stored pictures: images (N, 3, H, W) uint8, on the device or mapped from a file.
 
-    rule: "names" holds out those whose names have the smallest marks, in whatever order the files
-    come; "order" is for runs from before there were marks.
+    rule: "names" holds out those whose names have the smallest marks, in any order of the files;
+    "order" is for runs from before there were marks.
     """
 
     def __init__(self, images, labels, classes, device, names, marks, rule="names"):
@@ -169,10 +173,9 @@ def hsv(hue, saturation, value):
 class Shapes(DataSet):
     """The built-in data set: one shape on a two-colour gradient, drawn when it is asked for.
 
-    Every picture is a function of its label and 12 numbers in [0, 1), drawn once from count and
-    seed: picture i is the same at any size, on any device. A shape is a signed distance d(u, v),
-    negative inside, in a frame in which its size is 1; coverage goes from 0 to 1 within one pixel
-    around d = 0, which makes the edges smooth.
+    A picture is a function of its label and 12 numbers in [0, 1), drawn once from count and seed,
+    the same at any size, on any device. A shape is a signed distance d(u, v), negative inside, in a
+    frame of its size; coverage goes from 0 to 1 within a pixel around d = 0: edges are smooth.
     """
 
     classes = "circle", "square", "triangle", "ring", "cross", "star"
@@ -718,11 +721,6 @@ class Progress:
         say(text, before=self.over)
         self.shown = 0.0
 
-    def break_off(self):
-        """Ends the line before all is done."""
-        if self.live:
-            say()
-
 
 def pick_device(name):
     """The torch device of that name; "auto" takes the fastest. ValueError if it is missing."""
@@ -739,7 +737,7 @@ def pick_device(name):
         raise Refused(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
     device = torch.device(name)
     if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)    # whose memory and random state are asked for later
+        torch.cuda.set_device(device)    # whose random state is asked for later
     return device
 
 
@@ -833,8 +831,8 @@ def learning_rate(step, steps, peak):
 
 
 def steps_within(seconds, took, testing, every):
-    """How many steps fit into so many seconds, if each takes `took`, and a test after every so
-    many, and after the last one, takes `testing`; 0 if none does.
+    """How many steps fit into so many seconds, if one takes `took`, and a test after every so many
+    and after the last one `testing`.
     """
     rounds, rest = divmod(max(0, seconds), every * took + testing)
     return int(rounds * every + max(0, rest - testing) / took)
@@ -845,15 +843,12 @@ def draw_times(process, count, device):
 
     Uniform where noise is predicted. For velocity the logistic function of a normal number, as in
     Esser et al. (2024), "Scaling Rectified Flow Transformers": the middle of the path, where it is
-    decided what a picture shows, gets more practice than its ends. With a deviation of 1 the ends
-    would get too little: of 300 pictures one would have t < 1/16; with 1.4, eight.
+    decided what a picture shows, gets more practice. With a deviation of 1 the ends would get too
+    little: of 300 pictures one would have t < 1/16; with 1.4, eight.
     """
     if process.predicts == "velocity":
         return torch.sigmoid(1.4 * torch.randn(count, device=device))
     return torch.rand(count, device=device)
-
-
-FUSED = ("cpu", "cuda")    # where torch has an AdamW in one piece
 
 
 def make_optimizer(model, lr, weight_decay, device):
@@ -868,10 +863,9 @@ def make_optimizer(model, lr, weight_decay, device):
 
 @torch.no_grad()
 def held_out_loss(model, process, examples, noise, batch=128):
-    """The loss on held-out pictures with fixed noise: the mean over t = 1/16, 3/16 ... 15/16.
-
-    examples: a function from a slice to pictures (B, 3, H, W) and labels, (B,) or None. Comparable
-    between runs and steps, as nothing in it is drawn anew.
+    """The loss on held-out pictures, the mean over t = 1/16, 3/16 ... 15/16. With fixed noise it
+    compares between steps and runs. examples: a function from a slice to pictures (B, 3, H, W) and
+    labels, (B,) or None.
     """
     total = 0.0
     for start in range(0, len(noise), batch):
@@ -887,8 +881,8 @@ def held_out_loss(model, process, examples, noise, batch=128):
 class Log:
     """log.csv: one row now and then, with the means of what was added since the last one.
 
-    since: the step from which a run is resumed; the rows up to it are kept, later ones dropped.
-    All processes add and ask for means; only the first one has a file.
+    since: the step from which a run is resumed; later rows are dropped. All processes add and ask
+    for means; only the first one has a file.
     """
 
     def __init__(self, path, parts, device, since=0):
@@ -916,8 +910,7 @@ class Log:
         rows.writeheader()
         rows.writerows(kept)
         lf.write_whole(path, lambda file: file.write(text.getvalue().encode()))
-        self.waiting = []
-        self.path, self.names = path, names
+        self.path, self.names, self.waiting = path, names, []
 
     def reset(self):
         """Starts a new row."""
@@ -957,19 +950,13 @@ class Log:
                 if len(self.waiting) == 1:
                     warn(f"{self.path} cannot be written just now ({error}); its rows are kept")
 
-    def close(self):
-        """Says so if there are rows that could not be written."""
-        if not RANK and self.waiting:
-            warn(f"{self.path} lacks its last {len(self.waiting)} rows")
-
 
 class Precision:
     """--amp: which matrix products run in half precision, and what keeps that from going wrong.
 
-    bf16 has float32's range, and needs nothing more. fp16 has not: small gradients would become 0,
-    so the loss is scaled up first; where that overflows, the step is skipped and the next scale is
-    smaller. "auto" is bf16 where the hardware has it (is_bf16_supported also counts emulation, as
-    on a T4, unless told not to), fp16 on other GPUs, and off elsewhere.
+    bf16 has float32's range. fp16 has not: small gradients would become 0, so the loss is scaled up
+    first; where that overflows, the step is skipped and the next scale is smaller. "auto" is bf16
+    where the hardware has it (a T4 emulates it), fp16 on other GPUs, and off elsewhere.
     """
 
     in_a_row = 20    # skipped steps after which it is no longer the search for a scale
@@ -1030,16 +1017,14 @@ class Precision:
 
 
 def compiled(model, args, size, precision):
-    """(the model as torch.compile makes it, tried out on a batch of zeros; what was decided).
-
-    size: pictures in a part of a batch. It is the model itself with --compile off, or with auto
-    where that would not pay or does not work; Refused if it does not work with on.
+    """(the model as torch.compile makes it, tried out on `size` pictures; what was decided). It is
+    the model itself with --compile off, or with auto where that would not pay or does not work;
+    Refused if it does not work with on.
     """
     enough = (args.minutes or 0) >= COMPILE_FROM[1] or (args.steps or 0) >= COMPILE_FROM[0]
-    if args.compile == "auto" and not (precision.device.type == "cuda" and enough):
-        return model, f"not compiled (auto: on a GPU, from {COMPILE_FROM[0]} steps up)"
-    if args.compile == "off":
-        return model, "not compiled"
+    pays = precision.device.type == "cuda" and enough
+    if args.compile == "off" or args.compile == "auto" and not pays:
+        return model, f"not compiled ({args.compile}; auto: on a GPU, from {COMPILE_FROM[0]} steps)"
     begin, config, device = time.monotonic(), model.config, next(model.parameters()).device
     x = torch.zeros(size, config["in_channels"], *lf.sides(config["image_size"]), device=device)
     y = x.new_zeros(size, dtype=torch.long) if config["num_classes"] else None
@@ -1097,22 +1082,19 @@ def random_state(device, state=None):
 def load_state(path):
     """A checkpoint of train.py. ValueError or FileNotFoundError, naming it, if it is not one."""
     if Path(path).suffix == ".safetensors":
-        raise Refused(f"{path}: safetensors hold weights alone; give the ckpt.pt of a run of "
-                      "train.py, which also says which model they are of")
+        raise Refused(f"{path}: safetensors hold weights alone; give a ckpt.pt of train.py")
     with user_data():
         state = lf.load_checkpoint(path)
     if not isinstance(state, dict) or "version" not in state:
         raise Refused(f"{path}: not a checkpoint of train.py")
     if state["version"] != CHECKPOINT_VERSION:
-        raise Refused(f"{path}: of another version of train.py, {state['version']}; this program "
-                      f"reads {CHECKPOINT_VERSION}")
+        raise Refused(f"{path}: of version {state['version']}; this one reads {CHECKPOINT_VERSION}")
     return state
 
 
 def check_same_pictures(state, data):
-    """Refused if a checkpoint's run had other pictures: other names below the folder, or contents.
-
-    What the classes are called matters only to a model that was told of them.
+    """Refused if a run had other pictures: other names below the folder, or contents; or, if its
+    model was told of classes, other ones.
     """
     if state["config"]["num_classes"] and list(state["classes"]) != list(data.classes):
         raise Refused(f"the run was started with the classes {', '.join(state['classes'])}, "
@@ -1124,17 +1106,12 @@ def check_same_pictures(state, data):
         for what, marks in (("new", [m for m in now if m not in was]),
                             ("changed", [m for m in now if was.get(m, now[m]) != now[m]])):
             some = ", ".join(name_of[m] for m in marks[:3]) + (", ..." if len(marks) > 3 else "")
-            differ += f"{len(marks)} {what} ({some}), " if marks else ""
+            differ += f", {len(marks)} {what} ({some})" if marks else ""
         gone = sum(m not in now for m in was)
-        differ += f"{gone} gone" if gone else ""
+        differ += f", {gone} gone" if gone else ""
     if differ or state["pictures"] != len(data):
         raise Refused(f"the run was started with {state['pictures']} pictures, and here are "
-                      f"{len(data)}: {differ.rstrip(', ') or 'which, it does not know'}")
-
-
-# What a resumed run may change: nothing that moves the weights by more than rounding, but steps
-MAY_CHANGE = {"steps", "epochs", "grad_accum", "log_every", "sample_every", "save_every", "device",
-              "compile", "data_dir", "taesd_dir", "out", "resume", "overwrite"}
+                      f"{len(data)}{differ}")
 
 
 def as_typed(name, value):
@@ -1149,9 +1126,8 @@ def as_typed(name, value):
 
 
 def load_run(path, argv):
-    """(arguments, state) of the run in a checkpoint: as it was started, but for what is in argv.
-
-    Refused if that would make it another run, or if what the file holds are no such arguments.
+    """(arguments, state) of the run in a checkpoint: its own, but for what is in argv. Refused if
+    that makes it another run, or if the file holds no such arguments.
     """
     state, parser = load_state(path), make_parser()
     was = parser.parse_args([])    # an option that is newer than the run had its default then
@@ -1164,11 +1140,10 @@ def load_run(path, argv):
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Refused(f"{path}: its args are not as train.py writes them ({error})") from None
     args = filled_in(parser.parse_args(argv, copy.copy(was)))
-    differ = [f"--{name}" for name, value in vars(was).items()
-              if name not in MAY_CHANGE and value != getattr(args, name)]
+    differ = ", ".join(f"--{name}" for name, value in vars(was).items()
+                       if name not in MAY_CHANGE and value != getattr(args, name))
     if differ:
-        raise Refused(f"{path} was started with another {', '.join(differ)}, which a run keeps: "
-                      "leave out what is not as it was")
+        raise Refused(f"{path} was started with another {differ}, which a run keeps: leave it out")
     return args, state
 
 
@@ -1213,9 +1188,8 @@ def owned(out):
 
 
 def steps_until(deadline, args, device, advance, draw, test):
-    """How many steps fit until the deadline, by a trial; Refused if none does.
-
-    advance(step, lr), draw(steps), test(share): train()'s. At rate 0 no weight moves.
+    """How many steps fit until the deadline, by a trial; Refused if none does. advance(step, lr),
+    draw(steps), test(share): train()'s. At rate 0 no weight moves.
     """
     advance(0, 0.0)    # the first one is slower
     second = max(1e-9, timed(lambda: advance(0, 0.0), device))
@@ -1389,11 +1363,11 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
         last = done == args.steps
         showing = done % args.sample_every == 0 or last
         saving = done % args.save_every == 0 or last
+        due = saving or showing or done % args.log_every == 0
         stopping = False
         # Several processes must stop at the same step, so they look for a signal only at a row; one
         # looks at every step. Only here does the processor wait for the device.
-        if saving or showing or done == 1 or done % args.log_every == 0 or (
-                stop.signal and WORLD == 1):
+        if due or done == 1 or stop.signal and WORLD == 1:
             signals = torch.full((1,), stop.signal or 0, device=device)
             total, seen, signals = summed([log.total, precision.numbers(), signals])
             precision.check(done, seen)
@@ -1403,7 +1377,7 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
                     f"{target().square().mean():.3f}, the mean square of what it should answer")
         if (saving or stopping) and not RANK:    # first: what comes now may fail
             unsaved = save(done)
-        if saving or showing or stopping or done % args.log_every == 0:
+        if due or stopping:
             row = dict(means, step=done, lr=lr)
             shown = f"loss {row['loss']:.3f}, {row['images_per_s']:.0f} images/s,"
             if showing and not RANK:
@@ -1411,20 +1385,19 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
             log.write(**row)    # with every save, as a resumed run starts with an empty one
         progress(done, shown)
         if stopping and not last:
-            progress.break_off()
-            if not RANK and not unsaved:
-                say(f"stopped at step {done} and saved; to go on, give the same command again "
-                    "with --resume", err=True)
-            log.close()
-            if WORLD > 1:
-                dist.barrier()    # who leaves first would end the one that saves
-            if not unsaved:
-                sys.exit(128 + (stop.signal or signal.SIGTERM))
+            if progress.live:
+                say()
             break
-    log.close()
+    if not RANK and log.waiting:
+        warn(f"{log.path} lacks its last {len(log.waiting)} rows")
+    if WORLD > 1:
+        dist.barrier()    # who leaves first would end the one that saves
     if unsaved:
         raise Refused(f"the run has ended at step {done}, and {out / 'ckpt.pt'} could not be "
                       f"written: {unsaved}")
+    if not last:
+        warn(f"stopped at step {done} and saved; to go on, give the same command with --resume")
+        sys.exit(128 + (stop.signal or signal.SIGTERM))
     if precision.skipped:
         say(f"{precision.skipped} steps were skipped, as their gradients overflowed in fp16")
 
@@ -1471,8 +1444,7 @@ def make_parser():
     old = parser.add_mutually_exclusive_group()
     old.add_argument("--resume", action="store_true", help="go on with the run in that folder")
     old.add_argument("--overwrite", action="store_true", help="replace the run in that folder")
-    add("--amp", choices=["auto", "off", "fp16", "bf16"], default="auto",
-        help="half precision; auto: what the hardware is good at")
+    add("--amp", choices=["auto", "off", "fp16", "bf16"], default="auto", help="half precision")
     add("--compile", nargs="?", const="on", default="auto", choices=["auto", "on", "off"],
         help="fuse the model by torch.compile; auto: on a GPU, unless the run is short")
     add("--device", default="auto", help="cpu, cuda, mps, or the fastest there is")
@@ -1530,7 +1502,7 @@ def set_up_and_train(args, state=None):
     device = pick_device(args.device)
     out = Path(args.out)
     old = any(path for name in RUN_FILES for path in out.glob(name))
-    if old and not args.overwrite and not args.resume and not RANK:
+    if old and not (args.overwrite or args.resume or RANK):
         raise Refused(f"{out} holds a run: --resume goes on with it, --overwrite replaces it, "
                       "another --out leaves it alone")
     if args.dataset == "folder" and args.data_dir and (
@@ -1569,7 +1541,7 @@ def set_up_and_train(args, state=None):
     model = make_model(num_classes=len(data.classes) if args.labels else 0).to(device)
     training = len(data.training)
     if args.epochs:
-        args.steps = -(-args.epochs * training // args.batch_size)                # rounded up
+        args.steps = math.ceil(args.epochs * training / args.batch_size)
     if state:
         check_same_pictures(state, data)
         was, now = state["latents"], data.latents
