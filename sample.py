@@ -304,16 +304,20 @@ def data_of(path, state, args, device):
 def evaluate(samples, data, device):
     """Prints how far samples (n, 3, H, W) are from n held-out pictures, and what real ones are."""
     n = len(samples)
-    training = data.training    # in a random order, as .held_out
-    real, other = (torch.cat([data[indices] for indices in part[:n].split(64)]).cpu()
-                   for part in (data.held_out, training))
-    samples = samples.clamp(-1, 1)
-    both = nearest(torch.cat([samples, real]).to(device), data, training).view(2, n) * 127.5
-    for pictures in samples, real, other:
-        pictures.add_(1).mul_(127.5)    # in place, as they are large
-    rows = [(name, *(distance(pictures, real) for pictures in (samples, other)), sees)
+
+    def pictures(indices):
+        return torch.cat([data[part] for part in indices[:n].split(64)]).cpu()
+
+    # As these are large there is one copy of each, which is changed in place
+    both = torch.cat([samples.clamp(-1, 1), pictures(data.held_out)])                # (2 n, 3, H, W)
+    near = nearest(both.to(device), data, data.training).view(2, n) * 127.5
+    other = pictures(data.training)    # in a random order, as the held-out ones
+    for some in both, other:
+        some.add_(1).mul_(127.5)
+    samples, real = both.split(n)
+    rows = [(name, *(distance(some, real) for some in (samples, other)), sees)
             for name, (distance, sees) in DISTANCES.items()]
-    rows.append(("nearest training", *both.median(1).values.tolist(),
+    rows.append(("nearest training", *near.median(1).values.tolist(),
                  "copies, where far below that of real pictures"))
     train.say(f"{n} samples beside {n} held-out pictures; real: real pictures in their place\n"
               f"{'in shades of 255':<18}{'samples':>9}{'real':>9}   what it sees")

@@ -373,7 +373,7 @@ def celeba(root, fit):
 
 
 def lsun(root, fit):
-    """The training pictures of LSUN's categories in a folder. torchvision's own leaves a file."""
+    """The training pictures of LSUN's categories in a folder; torchvision's LSUN leaves a file."""
     import lmdb
     folders = sorted(root.glob("*_train_lmdb")) if root else []
     if not folders:
@@ -1022,9 +1022,10 @@ def compiled(model, args, size, precision):
     Refused if it does not work with on.
     """
     enough = (args.minutes or 0) >= COMPILE_FROM[1] or (args.steps or 0) >= COMPILE_FROM[0]
-    pays = precision.device.type == "cuda" and enough
-    if args.compile == "off" or args.compile == "auto" and not pays:
-        return model, f"not compiled ({args.compile}; auto: on a GPU, from {COMPILE_FROM[0]} steps)"
+    if args.compile == "auto" and not (precision.device.type == "cuda" and enough):
+        return model, f"not compiled (auto: on a GPU, from {COMPILE_FROM[0]} steps up)"
+    if args.compile == "off":
+        return model, "not compiled"
     begin, config, device = time.monotonic(), model.config, next(model.parameters()).device
     x = torch.zeros(size, config["in_channels"], *lf.sides(config["image_size"]), device=device)
     y = x.new_zeros(size, dtype=torch.long) if config["num_classes"] else None
@@ -1093,9 +1094,7 @@ def load_state(path):
 
 
 def check_same_pictures(state, data):
-    """Refused if a run had other pictures: other names below the folder, or contents; or, if its
-    model was told of classes, other ones.
-    """
+    """Refused if a run had other pictures, by name or content, or was told of other classes."""
     if state["config"]["num_classes"] and list(state["classes"]) != list(data.classes):
         raise Refused(f"the run was started with the classes {', '.join(state['classes'])}, "
                       f"and here are {', '.join(data.classes)}")
@@ -1422,12 +1421,12 @@ def make_parser():
     add("--max_images", type=number(int, 2), help="read no more than so many pictures")
     add("--image_size", "--img_size", type=number(int, 1, LARGEST), default=32, help="in pixels")
     add("--latents", nargs="?", const="taesd", choices=["off", *lf.TAESD_FILES],
-        help="of this autoencoder; not given: for arch mamba from 64 pixels up, of taesd")
+        help="train on those of this autoencoder; not given: taesd, for mamba from 64 pixels up")
     add("--taesd_dir", help="folder of the autoencoder's files; downloaded if not given")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=number(int, 1), help="batches to train on")
     length.add_argument("--epochs", type=number(int, 1), help="the same, as passes over the data")
-    length.add_argument("--minutes", type=number(float, 0.01), help="as many as fit into them here")
+    length.add_argument("--minutes", type=number(float, 0.01), help="as many as fit into this time")
     add("--batch_size", type=number(int, 1), help="pictures in a batch, over all processes")
     add("--grad_accum", type=number(int, 1), default=1, help="parts of a batch, to save memory")
     add("--lr", type=number(float, 1e-12, 1), help="peak learning rate")
