@@ -36,7 +36,6 @@ import train
 
 EXPORT_GAP = 1e-3    # the largest error of an exported model that is let through
 
-
 def trusted(path, state, args, name):
     """A folder that a checkpoint remembers is followed only inside its own one, or if typed."""
     remembered = state["args"].get(name)
@@ -46,7 +45,6 @@ def trusted(path, state, args, name):
                                 "that folder if you trust it, or another one")
         setattr(args, name, remembered)
 
-
 def newest_checkpoint(folder="runs"):
     """The ckpt.pt below a folder that was written last. FileNotFoundError if there is none."""
     found = sorted(Path(folder).rglob("ckpt.pt"), key=lambda path: path.stat().st_mtime)
@@ -54,7 +52,6 @@ def newest_checkpoint(folder="runs"):
         raise FileNotFoundError(f"there is no checkpoint below {folder}/: run python train.py "
                                 "first, or give --ckpt")
     return found[-1]
-
 
 def load_model(path, device):
     """(model with the averaged weights, its process, the whole state) of a checkpoint.
@@ -95,12 +92,10 @@ def load_model(path, device):
         reason = str(error).split("\n")[0]    # a line, where load_state_dict lists every weight
         raise train.Refused(f"{path}: its contents do not fit together ({reason})") from None
 
-
 def draw_noise(n, shape, seed):
     """(n, *shape) normal noise; picture i gets the same noise however many are drawn."""
     generator = torch.Generator().manual_seed(seed)
     return torch.stack([torch.randn(shape, generator=generator) for _ in range(n)])
-
 
 def wanted(args, classes, data):
     """What to draw, (n,) numbers of classes, and how many of them make a row of the grid.
@@ -123,7 +118,6 @@ def wanted(args, classes, data):
     each = math.ceil(args.n / len(rows))
     return torch.tensor(rows).repeat_interleave(each), each if min(len(rows), each) > 1 else None
 
-
 def draw(model, process, sampler, noise, y, args, picture_of, watch):
     """The pictures (n, 3, H, W) that noise (n, C, h, w) leads to, --batch_size of them at a time.
 
@@ -145,7 +139,6 @@ def draw(model, process, sampler, noise, y, args, picture_of, watch):
         drawn = sampler(model, process, part, args.steps, told, callback=report, **more)
         pictures.append(picture_of(drawn))
     return torch.cat(pictures)
-
 
 def reconstruct(args, device):
     """Encodes and decodes pictures: a grid of before and after, and how near they are.
@@ -172,7 +165,6 @@ def reconstruct(args, device):
     lf.write_whole(args.out, lambda file: grid.save(file, "PNG"))
     train.say(f"{args.out}: pairs of before and after")
 
-
 # ------------------------------------------------------------------------------------------------
 # Quality by numbers: how far samples are from pictures that were held out of the training. Each
 # distance compares two sets of n pictures, (n, 3, H, W) from 0 to 255, and needs no network that
@@ -184,7 +176,6 @@ def fixed_normal(*shape):
     """Normal numbers that are the same in every run."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(train.TEST_SEED))
 
-
 def wasserstein(a, b):
     """How far the numbers of a must move to become those of b, on average: (n, d) each -> a number.
 
@@ -192,12 +183,10 @@ def wasserstein(a, b):
     """
     return (a.sort(0).values - b.sort(0).values).abs().mean().item()
 
-
 def sliced(a, b, directions=128):
     """The same for vectors, (n, d) each: as seen along fixed random directions, averaged."""
     along = F.normalize(fixed_normal(a.shape[1], directions), dim=0)                 # (d, 128)
     return wasserstein(a @ along, b @ along)
-
 
 def spectrum(pictures):
     """The power of waves of k periods across the shorter side, in decibels: (n, 3, H, W) -> (K,).
@@ -211,7 +200,6 @@ def spectrum(pictures):
         height, width)
     return torch.stack([10 * power[k.round() == i].mean().log10()
                         for i in range(1, min(height, width) // 2 + 1)])
-
 
 def random_features(pictures):
     """What a fixed network of random weights makes of pictures: (n, 3, H, W) -> (n, 224).
@@ -234,11 +222,9 @@ def random_features(pictures):
         features.append(torch.cat(means, 1))
     return torch.cat(features)
 
-
 def variation(pictures):
     """The total variation of each picture: (n, 3, H, W) -> (n, 1)."""
     return torch.cat([lf.total_variation(part) for part in pictures.split(64)])[:, None]
-
 
 # name -> (distance(p, q) -> a number, what it sees). One works on pictures, or on a channel, at a
 # time, since both sets together are gigabytes: 512 pictures of 512 px take 1.6
@@ -255,7 +241,6 @@ DISTANCES = {
     "features, sliced": (lambda p, q: sliced(random_features(p), random_features(q)),
                          "edges and textures, by random filters"),
 }
-
 
 def nearest(pictures, data, indices):
     """How far pictures (n, 3, H, W) are from the nearest of data[indices]: (n,), root mean square.
@@ -278,7 +263,6 @@ def nearest(pictures, data, indices):
     return torch.cat([(some - data[i].flatten(1)).square().mean(1).sqrt()
                       for some, i in zip(x.split(64), which.split(64))])
 
-
 def data_of(path, state, args, device):
     """The data set that the run of a checkpoint was trained on, from what that remembers.
 
@@ -299,7 +283,6 @@ def data_of(path, state, args, device):
     data = train.DATASETS[old.dataset](old, device)
     train.check_same_pictures(state, data)
     return data
-
 
 def evaluate(samples, data, device):
     """Prints how far samples (n, 3, H, W) are from n held-out pictures, and what real ones are."""
@@ -323,7 +306,6 @@ def evaluate(samples, data, device):
               f"{'in shades of 255':<18}{'samples':>9}{'real':>9}   what it sees")
     for name, ours, theirs, sees in rows:
         train.say(f"{name:<18}{ours:9.2f}{theirs:9.2f}   {sees}")
-
 
 # ------------------------------------------------------------------------------------------------
 # What the gates do
@@ -382,18 +364,15 @@ class Gates:
             self.maps[step] = [gate[0].numpy() for gate in gates]
             self.guesses[step] = picture_of(x0_hat[:1])[0]
 
-
 HEAT = [(13, 8, 65), (122, 28, 109), (237, 105, 37), (252, 255, 164)]    # from dark to bright
 BLUE, PALE, SINGLE = "#1f6fb4", "#a9cbe6", "#98a6b0"
 ORANGE, GREY, LIGHT = "#e07b28", "#555555", "#e4e4e4"
-
 
 def heat(values):
     """(H, W) numbers from 0 to 1 -> the same as colours, a PIL picture."""
     colours = np.transpose([np.interp(values, np.linspace(0, 1, len(HEAT)), channel)
                             for channel in zip(*HEAT)], (1, 2, 0))
     return Image.fromarray(colours.round().astype(np.uint8))
-
 
 def curves(times, means, single, marks, width, height):
     """One layer's chart, a PIL picture: the gate and alpha, from 0 to 1, over t from 1 to 0.
@@ -422,7 +401,6 @@ def curves(times, means, single, marks, width, height):
     chart = chart.resize((width, height), Image.Resampling.BOX)
     ImageDraw.Draw(chart).rectangle((0, 0, width - 1, height - 1), outline=GREY)
     return chart
-
 
 def gates_picture(gates, times):
     """What Gates saw in a run over times (steps,), as a PIL picture.
@@ -480,7 +458,6 @@ def gates_picture(gates, times):
         write(left + (1 - t) * wide, page.height - 22, text, 1 - t)
     return page
 
-
 # ------------------------------------------------------------------------------------------------
 # Export
 # ------------------------------------------------------------------------------------------------
@@ -496,7 +473,6 @@ class Decoder(torch.nn.Module):
 
     def forward(self, x):
         return self.taesd.decode(x * self.std + self.mean)
-
 
 def packed(model, inputs, suffix):
     """A model as the bytes of a .pt2 or .onnx file, for 1 to 65,536 pictures at once.
@@ -516,7 +492,6 @@ def packed(model, inputs, suffix):
     return torch.onnx.export(program, dynamo=True, input_names=list(inputs), verbose=False,
                              output_names=["output"]).model_proto.SerializeToString()
 
-
 def unpacked(data, suffix):
     """The model in the bytes of such a file: a function from named tensors to a tensor."""
     if suffix == ".pt2":
@@ -526,7 +501,6 @@ def unpacked(data, suffix):
         data, providers=["CPUExecutionProvider"])
     return lambda inputs: torch.from_numpy(
         session.run(None, {name: value.numpy() for name, value in inputs.items()})[0])
-
 
 @torch.no_grad()
 def export(path, model, process, taesd, state):
@@ -588,7 +562,6 @@ def export(path, model, process, taesd, state):
         limit = train.sampler_options(train.SAMPLER_OF["noise"], latents)["clip"]
         train.say(f"for DDIM: the largest |x0| that is believed is {limit:.4f}")
 
-
 def parse_arguments(argv=None):
     """The command line; sampler and steps depend on the checkpoint and are filled in by run()."""
     parser = train.Parser("Draw pictures with a trained LiquidFlow model.")
@@ -639,7 +612,6 @@ def parse_arguments(argv=None):
     if args.data_dir and not args.evaluate:
         parser.error("--data_dir is for --evaluate")
     return args
-
 
 def run(argv):
     """Loads, samples, writes; says what and where."""
@@ -732,11 +704,9 @@ def run(argv):
     if args.evaluate:
         evaluate(pictures, data, device)
 
-
 def main(argv=None):
     """Runs the command line."""
     train.guarded(run, argv, "a smaller --batch_size needs less")
-
 
 if __name__ == "__main__":
     main()

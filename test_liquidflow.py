@@ -62,7 +62,6 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 RUN_STATE = ["step", "model", "ema", "updates", "optimizer", "random"]    # what a run comes to
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-
 @pytest.fixture(autouse=True, scope="session")
 def quick_and_on_the_cpu():
     """Few pictures are held out; and tests expect what a CPU gives, but for those that name a GPU."""
@@ -75,16 +74,13 @@ def quick_and_on_the_cpu():
         patch.setattr(train, "pick_device", lambda name: real("cpu" if name == "auto" else name))
         yield
 
-
 def normal(seed, *shape, dtype=torch.float64):
     """Normal numbers from a seed."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
-
 def uniform(seed, *shape, dtype=torch.float64):
     """Numbers in [0, 1) from a seed."""
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
 
 def shake(module, seed, scale=0.3):
     """Replaces every parameter by normal numbers, so that nothing is hidden by a zero."""
@@ -94,11 +90,9 @@ def shake(module, seed, scale=0.3):
             parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
     return module
 
-
 def random_pixels(seed, *shape):
     """uint8 noise (numpy)."""
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
 
 def same_bits(a, b):
     """Whether two states hold the same numbers, bit for bit."""
@@ -108,17 +102,14 @@ def same_bits(a, b):
         return len(a) == len(b) and all(map(same_bits, a, b))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
-
 TINY = {"patch": {"dim": 16, "depth": 4, "cond_dim": 8, "headdim": 8, "d_state": 4},
         "unet": {"channels": (6, 8), "blocks": (1, 1), "cond_dim": 8},
         "mamba": {"dim": 16, "depth": 3, "cond_dim": 8, "headdim": 8, "d_state": 4}}
-
 
 def tiny_model(arch, size=16, seed=0, **options):
     """A model small enough for float64 proofs, with nothing left at zero."""
     model = lf.create_model(arch, "nano", size, **{**TINY[arch], **options})
     return shake(model, seed, 0.2).double()
-
 
 def taesd_files(folder, channels=4, pooled=False, half=False):
     """Random weights in the published files' form: two paths, and the TAESD they came from."""
@@ -131,7 +122,6 @@ def taesd_files(folder, channels=4, pooled=False, half=False):
         torch.save(weights, paths[-1])
     return *paths, taesd
 
-
 def small_taesd(folder, name="taesd", channels=4):
     """Random weights under the published names; their latents are far from normal."""
     folder.mkdir(exist_ok=True)
@@ -140,7 +130,6 @@ def small_taesd(folder, name="taesd", channels=4):
         path.rename(folder / f"{name}_{part}.pth")
     return taesd
 
-
 def smallest(arch="patch", **options):
     """train.py's arguments for the smallest model of an arch, a batch of 4, and these options."""
     shape = {"channels": (8, 8), "blocks": (1, 1)} if arch == "unet" else {"dim": 48, "depth": 2, "cond_dim": 16}
@@ -148,9 +137,7 @@ def smallest(arch="patch", **options):
     return [*(f"--{name}={value}" for name, value in options.items() if value is not None),
             *(f"--override={key}={value}" for key, value in shape.items())]
 
-
 SMALL = smallest()
-
 
 def script(name, *arguments, cwd):
     """Runs a script in a process of its own, without a GPU: (exit code, stdout, stderr)."""
@@ -159,23 +146,19 @@ def script(name, *arguments, cwd):
                           capture_output=True, text=True, timeout=300, check=False)
     return done.returncode, done.stdout, done.stderr
 
-
 def read_log(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
 
-
 def arguments_of(argv):
     """train.py's arguments for a new run."""
     return train.filled_in(train.make_parser().parse_args(["--out=runs/new", *argv]))
-
 
 def load_data(name, data_dir, size):
     """The data set of that name, as train.py loads it."""
     args = ["--dataset", name, "--image_size", str(size)]
     args += ["--data_dir", str(data_dir)] if data_dir else []
     return train.DATASETS[name](arguments_of(args), CPU)
-
 
 def refused(main, arguments, capsys, *words):
     """The program must end with exit code 2 and one line on stderr that has these words."""
@@ -187,13 +170,11 @@ def refused(main, arguments, capsys, *words):
     for word in words:
         assert str(word) in error, error
 
-
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """An empty folder, in which the test runs."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
 
 @pytest.fixture
 def offline(monkeypatch):
@@ -201,7 +182,6 @@ def offline(monkeypatch):
     def urlopen(*arguments, **options):
         raise urllib.error.URLError("no route to host")
     monkeypatch.setattr("urllib.request.urlopen", urlopen)
-
 
 @pytest.fixture
 def losses_asked(monkeypatch):
@@ -213,7 +193,6 @@ def losses_asked(monkeypatch):
             return loss(self, model, x0, y, **options)
         monkeypatch.setattr(process, "loss", spy)
     return calls
-
 
 @pytest.fixture
 def after_step(monkeypatch):
@@ -228,7 +207,6 @@ def after_step(monkeypatch):
         monkeypatch.setattr(lf.EMA, "update", updated)
     return plan
 
-
 @pytest.fixture
 def photographs(tmp_path):
     """A folder with 24 pictures of noise, in two classes."""
@@ -238,7 +216,6 @@ def photographs(tmp_path):
         Image.fromarray(random_pixels(i, 16, 16, 3)).save(path)
     return tmp_path / "photographs"
 
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder with one run of each arch in it."""
@@ -246,7 +223,6 @@ def trained(tmp_path_factory):
     for arch in lf.ARCHS:
         train.main([*smallest(arch, steps=2, seed=3), "--out", str(folder / arch)])
     return folder
-
 
 # ------------------------------------------------------------------------------------------------
 # §1 to §3  Helpers, time, AdaLN
@@ -265,7 +241,6 @@ def test_sinusoidal_is_the_formula(dim, b, seed):
             assert features[i, half + k].item() == pytest.approx(math.sin(angle), abs=1e-9)
     assert dim % 2 == 0 or (features[:, -1] == 0).all()
 
-
 def test_scaled_time_separates_and_unscaled_does_not():
     t = torch.linspace(0, 1, 200, dtype=torch.float64)
 
@@ -276,13 +251,11 @@ def test_scaled_time_separates_and_unscaled_does_not():
     assert first_direction(1) > 0.99       # measured 0.994: one direction holds it all
     assert first_direction(1000) < 0.2     # measured 0.08
 
-
 def test_time_embedding_ignores_autocast():
     embed, t = lf.SinusoidalTimeEmbedding(64), uniform(0, 8, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         inside = embed(t)
     assert torch.equal(inside, embed(t)) and inside.dtype == torch.float32
-
 
 @given(st.integers(1, 70), seeds)
 def test_adaln_starts_as_the_plain_norm_and_uses_the_largest_grouping(dim, seed):
@@ -292,7 +265,6 @@ def test_adaln_starts_as_the_plain_norm_and_uses_the_largest_grouping(dim, seed)
     assert_close(norm(x, c), nn.GroupNorm(groups, dim, eps=1e-6, affine=False)(x))
     tokens = x.flatten(2).transpose(1, 2)
     assert_close(norm(tokens, c), nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)(tokens))
-
 
 def test_adaln_modulates_each_picture_by_its_own_condition():
     norm = shake(lf.AdaLN(4, 4).double(), 0)    # batch = dim = sides: a wrong broadcast would pass
@@ -306,7 +278,6 @@ def test_adaln_modulates_each_picture_by_its_own_condition():
             tokens = tokens * (1 + scale[i, j]) + shift[i, j]
             assert_close(norm(x[:, 0], c)[i, :, j], tokens)
 
-
 # ------------------------------------------------------------------------------------------------
 # §4  Liquid
 # ------------------------------------------------------------------------------------------------
@@ -319,7 +290,6 @@ def test_ltc_runge_kutta_converges_to_the_closed_form_with_order_four():
         assert 14 < coarse / fine < 19    # 2^4 = 16; measured 17.1 and 16.5
     assert errors[-1] < 1e-6
 
-
 @given(seeds)
 def test_ltc_closed_form_has_its_limits_and_stays_between_them(seed):
     x0, f, A = normal(seed, 9), uniform(seed + 1, 9), normal(seed + 2, 9)
@@ -330,7 +300,6 @@ def test_ltc_closed_form_has_its_limits_and_stays_between_them(seed):
     x = lf.ltc_closed_form(x0, f, A, tau, uniform(seed + 3, 9))
     assert ((x - x0) * (x - rest) <= 1e-12).all()
 
-
 def published_cfc(cell, x, h, t):
     """The published PyTorch cell (mode "default") as its formulas state it; t (b, 1)."""
     z = torch.cat([x, h], 1)
@@ -339,7 +308,6 @@ def published_cfc(cell, x, h, t):
     ff1, ff2 = torch.tanh(cell.g_head(z)), torch.tanh(cell.h_head(z))
     interp = torch.sigmoid(cell.time_a(z) * t + cell.time_b(z))
     return ff1 * (1 - interp) + interp * ff2
-
 
 @given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 6), st.integers(0, 3), seeds)
 @example(5, 2, 5, 1, 0)    # batch = hidden: where (b,) would be lined up with the wrong axis
@@ -352,7 +320,6 @@ def test_cfc_cell_is_the_published_one_for_every_form_of_time(b, inputs, hidden,
     assert_close(cell(x, h, 0.7), published_cfc(cell, x, h, torch.full((b, 1), 0.7).double()))
     assert_close(torch.cat([cell(x[i:i + 1], h[i:i + 1], t[i]) for i in range(b)]), expected)
 
-
 @given(seeds, *[st.sampled_from([0, 1e-3, 1, 1e3, 1e9])] * 3)
 def test_cfc_cell_stays_in_its_box_for_every_weight_input_and_time(seed, weight, size, late):
     cell = shake(lf.CfCCell(3, 4, 8, 2), seed, weight)
@@ -360,13 +327,11 @@ def test_cfc_cell_stays_in_its_box_for_every_weight_input_and_time(seed, weight,
     out = cell(x, h, late * normal(seed + 2, 6).float())
     assert out.isfinite().all() and out.abs().max() <= 1 + 1e-6
 
-
 def test_cfc_cell_has_the_published_shape_unless_told_otherwise():
     shapes = [tuple(p.shape) for p in lf.CfCCell(3, 5).backbone.parameters()]
     assert shapes == [(128, 8), (128,)]
     shapes = [tuple(p.shape) for p in lf.CfCCell(3, 5, 7, 2).backbone.parameters()]
     assert shapes == [(7, 8), (7,), (7, 7), (7,)]
-
 
 def test_cfc_cell_runs_from_g_to_h_as_time_passes():
     cell = shake(lf.CfCCell(3, 4), 0).double()
@@ -378,7 +343,6 @@ def test_cfc_cell_runs_from_g_to_h_as_time_passes():
     assert_close(cell(x, h, -1e3), torch.tanh(cell.g_head(z)))
     assert_close(cell(x, h, 1e3), torch.tanh(cell.h_head(z)))
 
-
 @given(st.integers(1, 5), st.integers(1, 6), st.integers(1, 6), seeds,
        st.sampled_from([0.1, 1, 30]), st.sampled_from([0.1, 10, 1e4]))
 def test_parallel_cfc_is_bounded_by_its_input_and_one(dim, height, width, seed, weight, size):
@@ -389,7 +353,6 @@ def test_parallel_cfc_is_bounded_by_its_input_and_one(dim, height, width, seed, 
     assert ((0 <= gate) & (gate <= 1) & (0 <= alpha) & (alpha <= 1)).all()
     assert (cfc.liquid_time(c) > 0).all()
     assert (cfc(x, c).abs() <= x.abs().clamp(min=1) * (1 + 1e-6)).all()
-
 
 def test_parallel_cfc_is_its_formula():
     cfc = shake(lf.ParallelCfC(4, 4, kernel_size=3), 0).double()    # batch = dim = sides
@@ -407,7 +370,6 @@ def test_parallel_cfc_is_its_formula():
             mixed = expected_gate * g + (1 - expected_gate) * h
             assert_close(cfc(x, c)[i, j], decay * x[i, j] + (1 - decay) * mixed)
 
-
 @given(seeds)
 def test_parallel_cfc_starts_with_weight_on_both_branches_and_feels_time(seed):
     torch.manual_seed(seed)
@@ -417,7 +379,6 @@ def test_parallel_cfc_starts_with_weight_on_both_branches_and_feels_time(seed):
     early, late = cfc.liquid_time(embed(torch.tensor([0.1, 0.9])))
     assert (early - late).abs().max() > 1e-4    # the seed's mean over the embedding: 0 to 7 digits
 
-
 def test_a_constant_alpha_hears_nothing_of_time():
     cfc = shake(lf.ParallelCfC(4, 4, alpha="constant"), 0)
     x, c = normal(1, 2, 4, 3, 3).float(), normal(2, 2, 4).float()
@@ -426,7 +387,6 @@ def test_a_constant_alpha_hears_nothing_of_time():
     plain = lf.ParallelCfC(4, 4)
     plain.load_state_dict(cfc.state_dict())
     assert torch.equal(plain.gates(x, c)[0], gate) and (plain.gates(x, c)[1] != 0.993).all()
-
 
 # ------------------------------------------------------------------------------------------------
 # §5  State-space duality
@@ -442,7 +402,6 @@ def ssd_inputs(seed, b, l, g, r, p, n, dtype=torch.float64):
             normal(seed + 3, b, l, g, n, dtype=dtype), normal(seed + 4, b, l, g, n, dtype=dtype),
             normal(seed + 5, b, g * r, p, n, dtype=dtype))
 
-
 def values_and_gradients(function, inputs, **options):
     """y, final state, and the gradient of a fixed random projection of both to every input."""
     inputs = [v.clone().requires_grad_() for v in inputs]
@@ -450,10 +409,8 @@ def values_and_gradients(function, inputs, **options):
     (y * normal(7, *y.shape)).sum().add((state * normal(8, *state.shape)).sum()).backward()
     return [y.detach(), state.detach(), *(v.grad for v in inputs)]
 
-
 FORMS = {"quadratic": lf.ssd_quadratic, "chunked": lf.ssd_chunked}
 few = st.integers(1, 3)
-
 
 @given(seeds, few, st.integers(1, 90), st.integers(1, 100), few, few, few, few)
 @example(0, 1, 1, 1, 1, 1, 1, 1)      # the shortest sequence
@@ -472,7 +429,6 @@ def test_three_ways_are_one_operator(seed, b, l, chunk, g, r, p, n):
     for found in lf.ssd_quadratic(*inputs[:4]), lf.ssd_chunked(*inputs[:4], chunk_size=chunk):
         assert_close(found, without, rtol=1e-10, atol=1e-10)
 
-
 def test_recurrence_is_the_definition():
     x, decay, Bm, Cm, state = ssd_inputs(0, 2, 5, 2, 2, 3, 4)
     y, final = lf.ssd_sequential(x, decay, Bm, Cm, state)
@@ -484,7 +440,6 @@ def test_recurrence_is_the_definition():
                 assert_close(y[i, t, head], S @ Cm[i, t, head // 2])
             assert_close(final[i, head], S)
 
-
 @given(seeds, st.integers(2, 60), st.integers(1, 20), st.data())
 def test_a_sequence_in_two_parts_is_the_whole(seed, l, chunk, data):
     cut = data.draw(st.integers(1, l - 1))
@@ -494,7 +449,6 @@ def test_a_sequence_in_two_parts_is_the_whole(seed, l, chunk, data):
     second, last = lf.ssd_chunked(*(v[:, cut:] for v in sequence), carried, chunk_size=chunk)
     assert_close(torch.cat([first, second], 1), y, rtol=1e-10, atol=1e-10)
     assert_close(last, final, rtol=1e-10, atol=1e-10)
-
 
 @given(seeds, st.integers(2, 60), st.integers(1, 20), st.data())
 def test_no_token_hears_from_a_later_one(seed, l, chunk, data):
@@ -508,7 +462,6 @@ def test_no_token_hears_from_a_later_one(seed, l, chunk, data):
         assert torch.equal(before[:, :cut], after[:, :cut])
         assert not torch.equal(before[:, cut:], after[:, cut:])
 
-
 @pytest.mark.parametrize("name", FORMS)
 def test_float32_keeps_its_digits_after_a_burst(name):
     x, _, Bm, Cm, state = ssd_inputs(0, 1, 256, 1, 2, 4, 8)
@@ -517,7 +470,6 @@ def test_float32_keeps_its_digits_after_a_burst(name):
     exact = lf.ssd_sequential(x, decay, Bm, Cm, state)[0]
     found = FORMS[name](*(v.float() for v in (x, decay, Bm, Cm, state)))[0]
     assert (found - exact).abs().max() / exact.abs().max() < 1e-5    # measured 5e-7
-
 
 @pytest.mark.parametrize("value", [-60.0, -1e30, -math.inf])
 @pytest.mark.parametrize("name", FORMS)
@@ -531,7 +483,6 @@ def test_a_state_may_fade_to_nothing(name, value):
     (y.sum() + final.sum()).backward()
     assert decay.grad.isfinite().all()
 
-
 @given(seeds, st.integers(1, 80), st.integers(1, 40))
 def test_half_precision_stays_near_float32(seed, l, chunk):
     inputs = ssd_inputs(seed, 1, l, 1, 2, 4, 8, dtype=torch.float32)
@@ -540,14 +491,12 @@ def test_half_precision_stays_near_float32(seed, l, chunk):
         found = lf.ssd_chunked(*inputs, chunk_size=chunk)[0].float()
     assert (found - exact).abs().max() <= 0.03 * exact.abs().max() + 0.03    # bfloat16: 3 digits
 
-
 def operations(function, l):
     """Multiplications and additions in the matrix products of function, forward and backward."""
     inputs = [v.requires_grad_() for v in ssd_inputs(0, 1, l, 1, 2, 4, 8)[:4]]
     with FlopCounterMode(display=False) as counter:
         function(*inputs)[0].sum().backward()
     return counter.get_total_flops()
-
 
 @pytest.mark.parametrize("p, n", [(64, 64), (32, 16), (64, 16)])
 def test_a_head_holds_least_with_chunks_of_sqrt_p_n(p, n, monkeypatch):
@@ -559,12 +508,10 @@ def test_a_head_holds_least_with_chunks_of_sqrt_p_n(p, n, monkeypatch):
     lf.ssd_chunked(*(normal(0, 1, 4096, *s) for s in ((1, p), (1,), (1, n), (1, n))))
     assert 0.5 < chosen[0] / best <= 2
 
-
 def test_the_matrix_costs_l_squared_and_chunks_cost_l():
     for function, power in (lf.ssd_quadratic, 2), (lf.ssd_chunked, 1):
         growth = operations(function, 2048) / operations(function, 512)
         assert growth == pytest.approx(4**power, rel=0.1), growth
-
 
 # ------------------------------------------------------------------------------------------------
 # §6  Mamba-2
@@ -588,14 +535,12 @@ def mamba2_token_by_token(m, u):
         out.append(m.out_proj(y))
     return torch.stack(out, 1)
 
-
 @given(st.integers(1, 40), st.integers(1, 12), st.sampled_from([1, 2]), st.integers(1, 4), seeds)
 def test_mamba2_is_its_formulas_token_by_token(l, chunk, ngroups, d_conv, seed):
     mixer = shake(lf.Mamba2(6, 5, d_conv, 2, 3, ngroups, chunk), seed, 0.5).double()
     u = normal(seed, 2, l, 6)
     expected = mamba2_token_by_token(mixer, u)
     assert_close(mixer(u), expected, rtol=1e-9, atol=1e-9)    # measured 1e-14
-
 
 def test_mamba2_survives_large_numbers_in_half_precision():
     torch.manual_seed(0)
@@ -606,7 +551,6 @@ def test_mamba2_survives_large_numbers_in_half_precision():
         with torch.autocast("cpu", torch.float16):
             found = mixer(u).float()
     assert (found - exact).norm() < 0.01 * exact.norm()    # measured 0.001
-
 
 def test_mamba2_has_the_official_names_shapes_and_starting_values():
     torch.manual_seed(0)
@@ -622,7 +566,6 @@ def test_mamba2_has_the_official_names_shapes_and_starting_values():
     assert (A >= 1).all() and (A <= 16).all() and 7.5 < A.mean() < 9.5
     assert (mixer.D == 1).all()
 
-
 @pytest.mark.parametrize("make, word", [
     (lambda: lf.ParallelCfC(4, 4, kernel_size=4), "odd"),
     (lambda: lf.ParallelCfC(4, 4, alpha="solid"), "liquid, constant"),
@@ -632,13 +575,11 @@ def test_layers_refuse_what_they_cannot_be(make, word):
     with pytest.raises(ValueError, match=word):
         make()
 
-
 # ------------------------------------------------------------------------------------------------
 # §7  Scans
 # ------------------------------------------------------------------------------------------------
 
 GRIDS = list(itertools.product(range(1, 10), repeat=2))
-
 
 @pytest.mark.parametrize("name", lf.SCANS)
 def test_scans_visit_every_cell_once_and_have_inverses(name):
@@ -653,7 +594,6 @@ def test_scans_visit_every_cell_once_and_have_inverses(name):
             assert torch.equal(cells[order][lf.inverse_order(order)], cells)
         assert torch.equal(lf.inverse_order(orders), torch.stack([lf.inverse_order(o) for o in orders]))
 
-
 def test_zigzags_step_to_neighbours_from_four_corners_by_rows_then_columns():
     for height, width in GRIDS:
         orders = lf.zigzag_orders(height, width)
@@ -666,13 +606,11 @@ def test_zigzags_step_to_neighbours_from_four_corners_by_rows_then_columns():
             line, length = (y, width) if i % 2 == 0 else (x, height)    # rows first, then columns
             assert (line[:length] == line[0]).all()
 
-
 def test_zigzag_by_hand():
     orders = lf.zigzag_orders(2, 3).tolist()    # 0 1 2 / 3 4 5
     assert orders == [
         [0, 1, 2, 5, 4, 3], [0, 3, 4, 1, 2, 5], [2, 1, 0, 3, 4, 5], [2, 5, 4, 1, 0, 3],
         [3, 4, 5, 2, 1, 0], [3, 0, 1, 4, 5, 2], [5, 4, 3, 0, 1, 2], [5, 2, 1, 4, 3, 0]]
-
 
 @given(st.sampled_from(sorted(lf.SCANS)), st.integers(1, 9), st.integers(1, 9))
 def test_scan_hands_each_path_to_the_mixer_and_puts_tokens_back(name, height, width):
@@ -691,13 +629,11 @@ def test_scan_hands_each_path_to_the_mixer_and_puts_tokens_back(name, height, wi
     assert_close(lf.Scan(Running(), orders)(u), expected)
     assert_close(lf.Scan(nn.Identity(), orders)(u), u)
 
-
 # ------------------------------------------------------------------------------------------------
 # §8 to §10  Models
 # ------------------------------------------------------------------------------------------------
 
 MODELS = [("patch", 32), ("unet", 32), ("mamba", 16), ("patch", (16, 24)), ("unet", (8, 12)), ("mamba", (16, 8))]
-
 
 @pytest.mark.parametrize("arch, size", MODELS)
 def test_models_keep_shape_start_at_zero_and_rebuild_from_their_config(arch, size):
@@ -709,7 +645,6 @@ def test_models_keep_shape_start_at_zero_and_rebuild_from_their_config(arch, siz
     twin.load_state_dict(model.state_dict())
     shake(model, 1, 0.1), shake(twin, 1, 0.1)
     assert torch.equal(model(x, t, y), twin(x, t, y)) and model(x, t, y).abs().max() > 0
-
 
 # sha1 of "name shape" lines, so of what a checkpoint of the first release holds
 SHAPES = {"patch": "4eac955196", "unet": "20f8600def", "mamba": "157487aae9"}
@@ -723,7 +658,6 @@ DRAWN = {
               -154.923344635, 611.462720924, 290.227090471],
 }
 
-
 @pytest.mark.parametrize("arch", lf.ARCHS)
 def test_weights_keep_their_names_and_shapes(arch):
     weights = lf.create_model(arch, "nano", 32, num_classes=2).state_dict()
@@ -731,7 +665,6 @@ def test_weights_keep_their_names_and_shapes(arch):
     lines = sorted(f"{name} {tuple(value.shape)}" for name, value in weights.items())
     assert hashlib.sha1("\n".join(lines).encode()).hexdigest()[:10] == SHAPES[arch], (
         "a weight's name or shape has changed: what was trained before cannot be loaded")
-
 
 @pytest.mark.parametrize("arch", lf.ARCHS)
 def test_weights_of_an_earlier_release_draw_the_same_pictures(arch):
@@ -747,7 +680,6 @@ def test_weights_of_an_earlier_release_draw_the_same_pictures(arch):
     drawn = draw(model, process, noise, 3, torch.tensor([0, 1]))[:, :, 5, 7].flatten()
     assert_close(drawn, torch.tensor(DRAWN[arch], dtype=torch.float64), rtol=1e-9, atol=1e-9)
 
-
 @pytest.mark.parametrize("arch", lf.ARCHS)
 def test_pictures_in_a_batch_do_not_hear_of_each_other(arch):
     model, x, t = tiny_model(arch, num_classes=2), normal(0, 3, 3, 16, 16), uniform(1, 3)
@@ -755,7 +687,6 @@ def test_pictures_in_a_batch_do_not_hear_of_each_other(arch):
     whole = model(x, t, y)
     for i in range(3):
         assert_close(model(x[i:i + 1], t[i:i + 1], y[i:i + 1])[0], whole[i])
-
 
 @pytest.mark.parametrize("arch", lf.ARCHS)
 def test_every_parameter_learns_and_every_pixel_hears_of_every_other(arch):
@@ -770,7 +701,6 @@ def test_every_parameter_learns_and_every_pixel_hears_of_every_other(arch):
         reach, = torch.autograd.grad(model(x, uniform(1, 1))[0, :, pixel[0], pixel[1]].sum(), x)
         assert (reach[0].abs().sum(0) > 0).all()
 
-
 @pytest.mark.parametrize("arch, options", [(arch, {name: value}) for arch in lf.ARCHS for name, value in (
     ("cfc_expand", 0), ("mixer", "none"), ("scan", "raster"), ("alpha", "constant"), ("patch_size", 8))
     if arch != "unet" or name == "alpha"])
@@ -778,7 +708,6 @@ def test_no_option_leaves_a_parameter_without_a_gradient(arch, options):
     model = tiny_model(arch, **options)    # or several GPUs would wait for it
     model(normal(0, 2, 3, 16, 16), uniform(1, 2)).square().sum().backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None]
-
 
 @settings(max_examples=15)
 @given(seed=seeds, height=st.sampled_from([1, 4, 8, 16, 24]), width=st.sampled_from([1, 8, 16]))
@@ -800,7 +729,6 @@ def test_overview_is_one_dense_layer_over_an_8_by_8_grid(seed, height, width):
                             for i in range(height) for j in range(width)], dim=1)
     assert_close(overview(x), x + overview.write(expected))
 
-
 @pytest.mark.parametrize("dim, sees", [(16, False), (32, False), (48, True), (64, True)])
 def test_what_the_global_part_of_a_unet_sees(dim, sees):
     block = shake(lf.UNetBlock(dim, 8, 3), 0).double()
@@ -811,7 +739,6 @@ def test_what_the_global_part_of_a_unet_sees(dim, sees):
     assert ((mixed[0] - mixed[1]).abs().max() > 1e-3) == sees    # measured 2e-7 (eps), and 0.5
     assert (block.mix(block.norm_mix(x, -c)) - mixed).abs().max() > 1e-3
 
-
 @pytest.mark.parametrize("arch", lf.ARCHS)
 def test_labels_and_the_null_class(arch):
     model, x, t = tiny_model(arch, num_classes=3), normal(0, 2, 3, 16, 16), uniform(1, 2)
@@ -820,7 +747,6 @@ def test_labels_and_the_null_class(arch):
     assert (model(x, t, torch.tensor([0, 1])) - null).abs().max() > 1e-6
     with pytest.raises(ValueError, match="no labels"):
         tiny_model(arch)(x, t, torch.tensor([0, 0]))
-
 
 @pytest.mark.parametrize("device, dtype, limit", [    # on a CPU 0.01 in bf16, 0.001 in fp16
     (CPU, torch.bfloat16, 0.05), pytest.param(GPU, torch.bfloat16, 0.05, marks=on_a_gpu),
@@ -841,7 +767,6 @@ def test_answers_and_gradients_stay_near_float32_in_half_precision(arch, device,
     for exact, half in zip(*found):
         assert (half - exact).norm() < limit * exact.norm()
 
-
 @pytest.mark.parametrize("name", lf.MIXERS)
 def test_mixers_keep_the_contract(name):
     mixer = shake(lf.MIXERS[name](12, d_state=4, expand=2, headdim=6), 0).double()
@@ -855,7 +780,6 @@ def test_mixers_keep_the_contract(name):
     assert u.grad[:, -1].any() and u.grad.isfinite().all(), "the input gets a gradient"
     silent = [n for n, p in mixer.named_parameters() if p.grad is None or not p.grad.any()]
     assert not silent, f"no gradient reaches {silent}"
-
 
 @pytest.mark.parametrize("arch", ["patch", "mamba"])
 def test_a_model_uses_the_mixer_and_the_paths_that_it_is_told(arch, monkeypatch):
@@ -883,7 +807,6 @@ def test_a_model_uses_the_mixer_and_the_paths_that_it_is_told(arch, monkeypatch)
         if arch == "mamba":
             assert torch.equal(block.scan.order[len(order):], order.flip(0))
 
-
 @pytest.mark.parametrize("arch", ["patch", "mamba"])
 @pytest.mark.parametrize("option", ["mixer", "scan"])
 def test_different_choices_make_different_models(arch, option):
@@ -892,7 +815,6 @@ def test_different_choices_make_different_models(arch, option):
     for a, b in itertools.combinations(answers, 2):
         assert (a - b).abs().max() > 1e-6
 
-
 def test_four_blocks_read_from_four_corners_by_rows_and_columns_in_turn():
     model = tiny_model("patch", (16, 24), depth=4)
     height, width = model.grid
@@ -900,7 +822,6 @@ def test_four_blocks_read_from_four_corners_by_rows_and_columns_in_turn():
     assert sorted(starts) == [0, width - 1, (height - 1) * width, height * width - 1]
     steps = [(block.scan.order[1] - block.scan.order[0]).abs().item() for block in model.blocks]
     assert steps == [1, width, 1, width]
-
 
 @pytest.mark.parametrize("arch", ["patch", "mamba"])
 def test_a_model_without_cfc_is_one_whose_cfc_says_nothing(arch):
@@ -916,13 +837,11 @@ def test_a_model_without_cfc_is_one_whose_cfc_says_nothing(arch):
     x, t = normal(0, 2, 3, 16, 16), uniform(1, 2)
     assert_close(without(x, t), with_cfc(x, t), rtol=0, atol=0)
 
-
 @pytest.mark.parametrize("arch", lf.ARCHS)
 def test_the_time_scale_reaches_the_embedding(arch):
     embed = tiny_model(arch, time_scale=7).condition.time
     t = uniform(0, 5)
     assert_close(embed(t), embed.mlp(lf.sinusoidal(t, embed.dim, scale=7)))
-
 
 @pytest.mark.parametrize("arch, variant, size, channels, claim", [
     ("patch", "tiny", 128, 3, 5.9e6), ("patch", "small", 128, 3, 13.7e6),
@@ -933,7 +852,6 @@ def test_variants_have_the_size_they_should(arch, variant, size, channels, claim
         model = lf.create_model(arch, variant, size, channels)
     assert abs(sum(p.numel() for p in model.parameters()) / claim - 1) < 0.1
 
-
 def test_unets_from_tiny_up_are_those_of_their_source():
     stages = {name: (options["channels"], options["blocks"], options["cond_dim"])
               for name, options in lf.VARIANTS["unet"].items() if name != "nano"}
@@ -943,7 +861,6 @@ def test_unets_from_tiny_up_are_those_of_their_source():
         assert cond_dim == 4 * width and len(blocks) == len(channels)
     assert [c[0] for c, _, _ in stages.values()] == [64, 96, 128, 128]
     assert [b for _, b, _ in stages.values()] == [(2, 2, 4), (2, 3, 6), (2, 4, 8), (2, 4, 8, 4)]
-
 
 @pytest.mark.parametrize("arguments, options, message", [
     (("gan", "nano", 32), {}, "patch, unet, mamba"), (("patch", "huge", 32), {}, "nano, tiny"),
@@ -968,7 +885,6 @@ def test_models_that_cannot_be_are_refused_with_a_reason(arguments, options, mes
     with pytest.raises(ValueError, match=message):
         lf.create_model(*arguments, **options)
 
-
 # ------------------------------------------------------------------------------------------------
 # §11  Processes
 # ------------------------------------------------------------------------------------------------
@@ -986,7 +902,6 @@ def test_split_undoes_interpolate(seed, name):
     assert_close(x0_hat, x0, rtol=1e-10, atol=1e-10)
     assert_close(noise_hat, noise, rtol=1e-10, atol=1e-10)
 
-
 @pytest.mark.parametrize("name", lf.PROCESSES)
 def test_processes_lead_from_data_to_noise(name):
     process = lf.PROCESSES[name]()
@@ -999,12 +914,10 @@ def test_processes_lead_from_data_to_noise(name):
         noise = normal(0, 2, 3, 4, 4)
         assert torch.equal(process.target(normal(1, 2, 3, 4, 4), noise, uniform(0, 2)), noise)
 
-
 def test_rectified_flow_is_a_straight_path_from_data_to_noise():
     flow, x0, noise = lf.RectifiedFlow(), normal(0, 3, 2), normal(1, 3, 2)
     path = flow.interpolate(x0, noise, torch.tensor([0, 0.25, 1]).double())
     assert torch.equal(path, torch.stack([x0[0], 0.75 * x0[1] + 0.25 * noise[1], noise[2]]))
-
 
 @pytest.mark.parametrize("path", [p for p in lf.PROCESSES.values() if p.predicts == "velocity"])
 def test_a_velocity_is_the_slope_of_the_path(path):
@@ -1013,7 +926,6 @@ def test_a_velocity_is_the_slope_of_the_path(path):
         t = torch.full((2,), t, dtype=torch.float64).requires_grad_()
         slope, = torch.autograd.grad(process.interpolate(x0, noise, t)[0, 0, 0, 0], t)
         assert_close(slope[0], process.target(x0, noise, t)[0, 0, 0, 0])
-
 
 @given(seeds, st.floats(0.02, 0.98))
 def test_the_average_velocity_carries_noise_to_data(seed, t):
@@ -1035,7 +947,6 @@ def test_the_average_velocity_carries_noise_to_data(seed, t):
     difference = (slope * (process.target(x0, noise, t) - v(x_t, t))).sum(1)
     assert abs(difference.mean()) < 5 * difference.std() / n**0.5 + 1e-12
 
-
 def test_a_crowd_that_follows_the_average_velocity_ends_as_the_data():
     data = torch.tensor([[-1.0], [0.25], [1.0]]).double()    # half, a quarter, a quarter of them
     share = torch.tensor([0.5, 0.25, 0.25]).double()
@@ -1051,7 +962,6 @@ def test_a_crowd_that_follows_the_average_velocity_ends_as_the_data():
     assert (ends - data[nearest, 0]).abs().quantile(0.98) < 0.02
     assert (ends.diff() >= 0).all()    # paths do not cross: on a line they keep their order
 
-
 @given(st.integers(2, 1200), st.floats(0, 1))
 def test_vp_diffusion_is_the_ddpm_table(T, t):
     process = lf.VPDiffusion(T, 1e-4, 0.02)
@@ -1064,7 +974,6 @@ def test_vp_diffusion_is_the_ddpm_table(T, t):
     indices = (process.times(min(T, 7)) * (T - 1)).round().long().tolist()
     assert indices == [round(T - k * T / min(T, 7)) - 1 for k in range(min(T, 7))]
     assert indices[0] == T - 1 and min(indices) >= 0
-
 
 @pytest.mark.parametrize("name", lf.PROCESSES)
 def test_loss_is_the_mean_squared_error_of_the_target(name):
@@ -1085,7 +994,6 @@ def test_loss_is_the_mean_squared_error_of_the_target(name):
     drawn = torch.cat([process.loss(model, x0)[2] for _ in range(500)])
     assert drawn.min() >= 0 and drawn.max() <= 1 and abs(drawn.mean() - 0.5) < 0.05    # 8 sigma
 
-
 def test_first_losses_are_known():
     x0 = 2 * uniform(0, 256, 3, 8, 8, dtype=torch.float32) - 1
     zero = lf.create_model("patch", "nano", 8)
@@ -1093,7 +1001,6 @@ def test_first_losses_are_known():
     assert lf.RectifiedFlow().loss(zero, x0)[0].item() == pytest.approx(
         1 + x0.square().mean().item(), rel=0.03)    # 49,152 numbers: 0.5 % is one sigma
     assert lf.VPDiffusion().loss(zero, x0)[0].item() == pytest.approx(1, rel=0.03)
-
 
 # ------------------------------------------------------------------------------------------------
 # §12  Physics
@@ -1116,11 +1023,9 @@ def test_physics_terms_by_hand():
     expected = (math.log(4 + 1e-4) - math.log(1e-4)) ** 2 / 12
     assert lf.spectral_loss(flat, 0 * flat).item() == pytest.approx(expected)
 
-
 def test_a_mean_over_nothing_is_0_and_of_no_pictures_none():
     assert lf.picture_mean(torch.zeros(2, 3, 0)).tolist() == [0, 0]
     assert lf.picture_mean(torch.zeros(0, 3, 4)).shape == (0,)
-
 
 @settings(max_examples=20)
 @given(seeds, few, st.integers(1, 5), st.integers(1, 6), st.integers(1, 6))
@@ -1140,14 +1045,12 @@ def test_physics_terms_are_one_number_a_picture(seed, b, channels, height, width
     for name in "gradient", "intensity", "spectral":
         assert_close(lf.PHYSICS[name](p, p), torch.zeros(b).double())
 
-
 def test_spectral_loss_is_blind_to_place_and_total_variation_to_level():
     p = normal(0, 2, 3, 8, 8)
     assert lf.spectral_loss(p, p.roll((3, 2), (2, 3))).max() < 1e-12
     assert_close(lf.total_variation(p), lf.total_variation(p + 5))
     with torch.autocast("cpu", torch.bfloat16):
         assert lf.spectral_loss(p.bfloat16(), p.bfloat16()).dtype == torch.float32
-
 
 @given(seeds, st.integers(0, 1500), st.sampled_from([0, 1, 500]))
 def test_physics_loss_is_its_formula(seed, step, warmup):
@@ -1159,7 +1062,6 @@ def test_physics_loss_is_its_formula(seed, step, warmup):
     assert parts.keys() == weights.keys()
     for name, value in parts.items():
         assert_close(value, lf.PHYSICS[name](p, q).mean())
-
 
 def test_physics_loss_defaults_silence_and_refusal():
     assert {k: v for k, v in lf.PhysicsLoss().weights.items() if v} == {
@@ -1173,13 +1075,11 @@ def test_physics_loss_defaults_silence_and_refusal():
     with pytest.raises(ValueError, match="spectral"):
         lf.PhysicsLoss({"gravity": 1})
 
-
 # ------------------------------------------------------------------------------------------------
 # §13  Samplers, on problems whose answer is known
 # ------------------------------------------------------------------------------------------------
 
 SPREAD = 0.5    # data N(0, SPREAD^2): the path of rectified flow is noise -> SPREAD * noise
-
 
 def gaussian_answer(process):
     """The best answer for such data on any path: the target of E[x0 | x_t] and E[noise | x_t]."""
@@ -1189,11 +1089,9 @@ def gaussian_answer(process):
         return process.target(alpha * SPREAD**2 * share, sigma * share, t)
     return model
 
-
 def rough_velocity(x, t, y=None):
     """A slope that is kind to no method: neither linear in x nor alike at any two times."""
     return torch.sin(5 * lf.per_picture(t, x) + 2 * x) + x / 2
-
 
 @pytest.mark.parametrize("name", [n for n, draw in lf.SAMPLERS.items() if "velocity" in draw.follows])
 def test_samplers_converge_with_the_order_that_they_declare(name):
@@ -1215,7 +1113,6 @@ def test_samplers_converge_with_the_order_that_they_declare(name):
     ends = sampler(gaussian_answer(flow), flow, noise, 256)
     assert (ends - SPREAD * noise).abs().mean() < 0.01    # and on data that we know
 
-
 @pytest.mark.parametrize("name", lf.SAMPLERS)
 def test_samplers_call_the_model_as_often_as_they_declare(name):
     sampler, times = lf.SAMPLERS[name], []
@@ -1227,7 +1124,6 @@ def test_samplers_call_the_model_as_often_as_they_declare(name):
             assert len(times) == sampler.calls * steps, f"{name} declares {sampler.calls} a step"
             assert all(t.shape == (2,) and (t <= 1).all() and (t >= 0).all() for t in times)
 
-
 @settings(max_examples=10)
 @given(seeds, st.integers(1, 40))
 def test_ddim_on_the_straight_path_is_euler(seed, steps):
@@ -1235,7 +1131,6 @@ def test_ddim_on_the_straight_path_is_euler(seed, steps):
     flow = lf.RectifiedFlow()
     ddim, euler = (f(model, flow, noise, steps) for f in (lf.ddim_sample, lf.euler_sample))
     assert_close(ddim, euler, rtol=1e-9, atol=1e-9)    # measured 1e-13
-
 
 @given(seeds, st.integers(1, 50), st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([50, 1000]))
 def test_ddim_lands_on_the_only_picture_there_is(seed, steps, eta, T):
@@ -1248,7 +1143,6 @@ def test_ddim_lands_on_the_only_picture_there_is(seed, steps, eta, T):
     found = lf.ddim_sample(model, process, noise, steps, eta=eta)
     assert_close(found, picture.expand_as(found), rtol=1e-8, atol=1e-8)
 
-
 @pytest.mark.parametrize("name", lf.PROCESSES)
 def test_ddim_believes_no_picture_beyond_its_clip(name):
     process, noise, seen = lf.PROCESSES[name](), normal(0, 2, 3, 4, 4), []
@@ -1260,7 +1154,6 @@ def test_ddim_believes_no_picture_beyond_its_clip(name):
     free = lf.ddim_sample(gaussian_answer(process), process, noise, 20)
     assert_close(lf.ddim_sample(gaussian_answer(process), process, noise, 20, clip=1e3), free)
 
-
 @pytest.mark.parametrize("name", [n for n, draw in lf.SAMPLERS.items() if "noise" in draw.follows])
 def test_samplers_of_noise_converge_on_gaussian_data(name):
     process, noise, sampler = lf.VPDiffusion(), normal(0, 4, 1, 3, 3), lf.SAMPLERS[name]
@@ -1270,7 +1163,6 @@ def test_samplers_of_noise_converge_on_gaussian_data(name):
     errors = [(sampler(gaussian_answer(process), process, noise, steps) - exact).abs().max()
               for steps in (25, 100, 1000)]
     assert errors[0] > 2 * errors[1] > 8 * errors[2] and errors[2] < 5e-3
-
 
 @pytest.mark.parametrize("name", lf.PROCESSES)
 def test_fresh_noise_keeps_the_spread_of_the_data(name):
@@ -1282,7 +1174,6 @@ def test_fresh_noise_keeps_the_spread_of_the_data(name):
     found = lf.ddim_sample(model, process, noise, steps, eta=1.0, generator=generator)
     assert found.std().item() == pytest.approx(SPREAD, rel=0.03)    # measured within 2 %
     assert abs((found * noise).mean()) < 0.2 * SPREAD               # and forgets where it started
-
 
 def test_fresh_noise_of_a_picture_is_its_own(trained, here, monkeypatch):
     """With an exact network on Gaussian data the first step leaves the deviation as it should be."""
@@ -1307,7 +1198,6 @@ def test_fresh_noise_of_a_picture_is_its_own(trained, here, monkeypatch):
     exact = lf.ddim_sample(Exact(), flow, noise, 2, eta=1.0, generator=generator, clip=1.0)
     assert seen[2000, 2000].std().item() == pytest.approx(exact.std().item(), rel=0.05)
 
-
 def test_eta_one_draws_as_much_as_ddpm():
     process = lf.VPDiffusion(20)
     zero = torch.zeros(20_000, 1, 1, 1, dtype=torch.float64)
@@ -1318,7 +1208,6 @@ def test_eta_one_draws_as_much_as_ddpm():
     bar, k = process.alpha_bar, 19    # the first step, from index 19 to 18
     posterior = (1 - bar[k - 1]) / (1 - bar[k]) * (1 - bar[k] / bar[k - 1])
     assert seen[1].var().item() == pytest.approx(posterior.item(), rel=0.04)    # 4 sigma
-
 
 @pytest.mark.parametrize("name", lf.SAMPLERS)
 def test_samplers_report_every_step_and_disturb_nothing(name):
@@ -1337,7 +1226,6 @@ def test_samplers_report_every_step_and_disturb_nothing(name):
         assert [i for i, _, _ in seen] == list(range(5)) and torch.equal(seen[0][1], noise)
         velocity = model(noise, torch.ones(2).double())
         assert_close(seen[0][2], noise - velocity)    # x0_hat at t = 1
-
 
 @pytest.mark.parametrize("name", lf.SAMPLERS)
 def test_guidance_mixes_two_answers_in_one_batch(name):
@@ -1364,7 +1252,6 @@ def test_guidance_mixes_two_answers_in_one_batch(name):
     plain = lf.guided(lambda x, t, y=None: model(x, t, y), noise, t, y, 2.5)    # without a config
     assert_close(plain, u + 2.5 * (c - u))
 
-
 def test_samplers_refuse_what_they_cannot_do():
     def zero(x, t, y=None):
         return 0 * x
@@ -1382,12 +1269,10 @@ def test_samplers_refuse_what_they_cannot_do():
     with pytest.raises(ValueError, match="1000"):
         lf.ddim_sample(zero, diffusion, noise, 1001)
 
-
 def gaussian_reflown(x, t, y=None):
     """The velocity of a flow on the pairs (noise, SPREAD * noise), which is what §13's Euler made."""
     t = lf.per_picture(t, x)
     return (1 - SPREAD) * x / (SPREAD + (1 - SPREAD) * t)
-
 
 @given(seeds, st.integers(2, 40))
 def test_straightness_is_the_variance_of_the_velocity_along_each_path(seed, steps):
@@ -1403,7 +1288,6 @@ def test_straightness_is_the_variance_of_the_velocity_along_each_path(seed, step
     by_hand = [(noise - ends - v).square().mean() for v in seen]
     assert_close(S, sum(by_hand) / steps)
 
-
 def test_straightness_is_0_where_one_step_is_enough_and_only_there():
     noise, flow, point = normal(0, 4, 3, 5, 5), lf.RectifiedFlow(), normal(1, 3, 5, 5)
     for name, v, end in (("one point", lambda x, t, y: (x - point) / lf.per_picture(t, x), point.expand_as(noise)),
@@ -1418,7 +1302,6 @@ def test_straightness_is_0_where_one_step_is_enough_and_only_there():
         assert_close(lf.straightness(bent, flow, noise, steps), exact, rtol=tolerance, atol=0)
     assert (lf.euler_sample(bent, flow, noise, 1) - SPREAD * noise).abs().max() > 0.5    # ends at 0
 
-
 def test_straightness_tells_labels_and_leaves_the_model_as_it_was():
     model = tiny_model("patch", num_classes=3).train()
     noise = normal(0, 4, 3, 16, 16)
@@ -1426,12 +1309,10 @@ def test_straightness_tells_labels_and_leaves_the_model_as_it_was():
                             for y in (torch.tensor([0, 1, 2, 0]), None))
     assert with_labels != without and not with_labels.requires_grad and model.training
 
-
 @pytest.mark.parametrize("process, steps", [(lf.RectifiedFlow, 1), (lf.RectifiedFlow, 0), (lf.VPDiffusion, 5)])
 def test_straightness_is_refused_where_it_means_nothing(process, steps):
     with pytest.raises(ValueError, match="RectifiedFlow and at least 2 steps"):
         lf.straightness(gaussian_reflown, process(), torch.zeros(1, 1, 2, 2), steps)
-
 
 # ------------------------------------------------------------------------------------------------
 # §14  EMA and checkpoints
@@ -1455,16 +1336,13 @@ def test_ema_is_its_formula(seed, decay, updates):
     assert torch.equal(ema.model.running_mean, model.running_mean)
     assert not ema.model.training and not ema.model.weight.requires_grad
 
-
 STATE = {"step": 3, "lr": 0.5, "name": "x", "list": [1, None, (2, True)],
          "weights": {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.float16)}}
-
 
 def test_checkpoint_comes_back_as_it_was(tmp_path):
     lf.save_checkpoint(tmp_path / "c.pt", STATE)
     assert same_bits(lf.load_checkpoint(tmp_path / "c.pt"), STATE)
     assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
-
 
 @settings(max_examples=150)
 @given(st.floats(0, 1, exclude_max=True))
@@ -1482,13 +1360,11 @@ def test_checkpoint_cut_anywhere_is_one_clear_error(part):
     finally:
         path.unlink(missing_ok=True)
 
-
 class Bomb(str):
     """When it is unpickled, a file of that name is made."""
 
     def __reduce__(self):
         return open, (str(self), "w")
-
 
 @pytest.mark.parametrize("dump", [torch.save, lambda o, p: Path(p).write_bytes(pickle.dumps(o, 2))])
 def test_code_in_a_checkpoint_is_not_executed(tmp_path, dump):
@@ -1499,7 +1375,6 @@ def test_code_in_a_checkpoint_is_not_executed(tmp_path, dump):
         lf.TAESD.load(tmp_path / "bomb.pt", tmp_path / "bomb.pt")
     assert not (tmp_path / "executed").exists()
 
-
 def test_a_path_that_cannot_be_is_not_called_a_damaged_file(tmp_path):
     (tmp_path / "file").touch()
     for path, error in ((tmp_path / "none.pt", FileNotFoundError),
@@ -1508,12 +1383,10 @@ def test_a_path_that_cannot_be_is_not_called_a_damaged_file(tmp_path):
         with pytest.raises(error, match=path.name):
             lf.load_checkpoint(path)
 
-
 def test_a_link_to_a_checkpoint_stays_a_link(tmp_path):
     os.symlink(tmp_path / "far.pt", tmp_path / "c.pt")
     lf.save_checkpoint(tmp_path / "c.pt", {"step": 1})
     assert (tmp_path / "c.pt").is_symlink() and lf.load_checkpoint(tmp_path / "far.pt") == {"step": 1}
-
 
 @pytest.mark.parametrize("culprit", ["fsync", "replace"])
 def test_a_failed_save_leaves_the_earlier_file_whole(tmp_path, monkeypatch, culprit):
@@ -1527,7 +1400,6 @@ def test_a_failed_save_leaves_the_earlier_file_whole(tmp_path, monkeypatch, culp
     with pytest.raises(OSError, match="space"):
         lf.save_checkpoint(path, {"step": 4})
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["c.pt"]
-
 
 # ------------------------------------------------------------------------------------------------
 # §15  TAESD
@@ -1549,7 +1421,6 @@ def test_taesd_reads_what_it_is_from_the_weights(tmp_path, channels, pooled, hal
     with pytest.raises(ValueError, match="8"):
         taesd.encode(images[..., :23, :])
 
-
 def test_taesd_has_the_published_layout():
     taesd = lf.TAESD(4)
     assert sum(p.numel() for p in taesd.parameters()) == 2_445_063
@@ -1566,7 +1437,6 @@ def test_taesd_has_the_published_layout():
     squashed = taesd.decoder[0](torch.tensor([-1e3, 0.0, 1.5]))
     assert_close(squashed, torch.tensor([-3, 0, 3 * math.tanh(0.5)]))
 
-
 def test_taesd_block_is_its_formula():
     block, x = lf.TAESDBlock(pooled=True), normal(0, 1, 64, 6, 6, dtype=torch.float32)
     pooled = x + block.pool(x)
@@ -1574,7 +1444,6 @@ def test_taesd_block_is_its_formula():
     assert list(block.state_dict()) == [
         "conv.0.weight", "conv.0.bias", "conv.2.weight", "conv.2.bias", "conv.4.weight",
         "conv.4.bias", "pool.0.weight", "pool.1.weight", "pool.1.bias", "pool.3.weight"]
-
 
 def test_taesd_refuses_files_that_do_not_fit_by_name(tmp_path):
     encoder, decoder, _ = taesd_files(tmp_path)
@@ -1594,7 +1463,6 @@ def test_taesd_refuses_files_that_do_not_fit_by_name(tmp_path):
             lf.TAESD.load(first, second)
     with pytest.raises(FileNotFoundError, match="none.pth"):
         lf.TAESD.load(tmp_path / "none.pth", decoder)
-
 
 def test_taesd_downloads_once_checks_and_keeps(tmp_path, monkeypatch):
     encoder, decoder, original = taesd_files(tmp_path)
@@ -1624,14 +1492,12 @@ def test_taesd_downloads_once_checks_and_keeps(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="taef2"):
         lf.TAESD.pretrained("vae")
 
-
 def test_taesd_offline_says_what_to_do(tmp_path, offline):
     with pytest.raises(ConnectionError) as caught:
         lf.TAESD.pretrained("taef1", tmp_path)
     text = str(caught.value)
     assert "taef1_encoder.pth" in text and "taef1_decoder.pth" in text and str(tmp_path) in text
     assert "\n" not in text and len(lf.TAESD_FILES) == 5
-
 
 # ------------------------------------------------------------------------------------------------
 # train.py: the data
@@ -1647,7 +1513,6 @@ def test_shapes_are_the_same_at_any_size_and_follow_the_seed():
     large = train.Shapes(200, 96, 0, CPU)[i]
     assert (F.avg_pool2d(large, 3) - x).abs().mean() < 0.01    # the same pictures, only finer
     assert sorted(set(data.labels.tolist())) == list(range(6))
-
 
 def test_shapes_show_their_kind():
     """The area that each kind covers, against the area that its outline encloses."""
@@ -1666,9 +1531,7 @@ def test_shapes_show_their_kind():
         ratio = (inside / radius**2)[of_kind].median().item()
         assert ratio == pytest.approx(areas[kind], rel=0.08), kind
 
-
 DRAWN_SHAPES = [2.306, 3.937, 1.866, 1.43, -4.29, -2.517]    # a projection of one of each kind
-
 
 def test_shapes_are_those_that_the_published_figures_are_of():
     data = train.Shapes(6, 24, 0, CPU)
@@ -1676,7 +1539,6 @@ def test_shapes_are_those_that_the_published_figures_are_of():
     data.labels = torch.arange(6)
     x, wave = data[torch.arange(6)], torch.cos(0.37 * torch.arange(3 * 24 * 24)).view(3, 24, 24)
     assert_close((x * wave).mean((1, 2, 3)) * 1000, torch.tensor(DRAWN_SHAPES), rtol=0, atol=0.01)
-
 
 def save_picture(path, mode):
     """A 40 x 20 picture, red on the left and blue on the right, in some mode and format."""
@@ -1693,7 +1555,6 @@ def save_picture(path, mode):
         image.save(path, transparency=image.getpixel((0, 0)))
     else:
         rgb.convert(mode).save(path)
-
 
 @pytest.mark.parametrize("mode, suffix, left, right", [
     ("RGB", ".png", (255, 0, 0), (0, 0, 255)), ("RGB", ".BMP", (255, 0, 0), (0, 0, 255)),
@@ -1712,18 +1573,15 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path, mode, suffix, left, right):
         if colour:
             assert (image[:, 10, column].int() - torch.tensor(colour)).abs().max() < 30
 
-
 def test_the_middle_square_is_kept():
     for width, height, left, top in (60, 20, 20, 0), (20, 50, 0, 15):
         pixels = random_pixels(0, height, width, 3)
         found = train.fit_picture(Image.fromarray(pixels), 20)    # which needs no resizing
         assert (found.permute(1, 2, 0).numpy() == pixels[top:top + 20, left:left + 20]).all()
 
-
 def test_a_dark_picture_of_16_bits_stays_dark():
     dark = train.fit_picture(Image.fromarray(np.full((8, 8), 200, dtype=np.uint16)), 8)
     assert (dark == 0).all()    # 200 of 65,535
-
 
 def test_pictures_are_turned_upright(tmp_path):
     image = Image.new("RGB", (20, 20), (0, 0, 0))
@@ -1733,7 +1591,6 @@ def test_pictures_are_turned_upright(tmp_path):
     image.save(tmp_path / "a.jpg", exif=exif)
     found = train.fit_picture(Image.open(tmp_path / "a.jpg"), 20)
     assert found[:, 2].float().mean() < 30 and found[:, 17].float().mean() > 220
-
 
 def test_a_folder_says_what_it_found_and_what_it_left_out(tmp_path, capsys):
     for name in ("cats/1.png", "cats/deep/er/2.PNG", "dogs/3.jpg", "dogs/4.jfif", "dogs/5.ppm", "dogs/6.tga",
@@ -1765,7 +1622,6 @@ def test_a_folder_says_what_it_found_and_what_it_left_out(tmp_path, capsys):
         capsys.readouterr()
     assert shown.err.count("\n") == 3
 
-
 @pytest.mark.parametrize("names, classes", [
     (["a/1", "b/2"], ["a", "b"]), (["deep/images/a/1", "deep/images/b/c/2"], ["a", "b"]), (["1", "a/2"], ["", "a"]),
     (["x/1", "x/y/2"], ["", "y"]), (["x/y/1"] * 2, [""]), (["train/a/1", "val/a/2"], ["train", "val"])])
@@ -1780,7 +1636,6 @@ def test_classes_are_the_first_folders_that_differ(names, classes, tmp_path, cap
     warned = capsys.readouterr().err    # train/ and val/ hardly are what a user calls classes
     assert warned.count("\n") == ("val" in classes) == ("train, val" in warned)
 
-
 def test_what_the_classes_are_called_matters_to_labels_alone(photographs, here, capsys):
     command = [*SMALL, "--dataset", "folder", "--data_dir", "photographs", "--steps"]
     for name, flags in ("plain", []), ("told", ["--labels"]):
@@ -1790,13 +1645,11 @@ def test_what_the_classes_are_called_matters_to_labels_alone(photographs, here, 
     train.main([*command, "2", "--out", "plain", "--resume"])
     refused(train.main, [*command, "2", "--out", "told", "--resume"], capsys, "classes other, b", "are a, b")
 
-
 def tiff_of(numbers):
     """A grey TIFF of 32-bit numbers, integers or not."""
     file = io.BytesIO()
     Image.fromarray(numbers).save(file, "TIFF")
     return file.getvalue()
-
 
 @pytest.mark.parametrize("content, why", [
     (tiff_of(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)), "mode F"),
@@ -1805,7 +1658,6 @@ def tiff_of(numbers):
 def test_pictures_whose_range_nothing_tells_and_programs_are_refused(content, why):
     with pytest.raises(Exception, match=why):
         train.fit_picture(train.open_picture(content), 8)
-
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_what_surrounds_good_pixels_does_not_spoil_them():
@@ -1828,7 +1680,6 @@ def test_what_surrounds_good_pixels_does_not_spoil_them():
     grey = b"P5 2 2 65535\n" + 4 * bytes([200, 0])    # 16 bits, in room for 32
     assert (train.fit_picture(train.open_picture(grey), 2) == 199).all()
 
-
 @given(st.integers(2, 3000), seeds)
 def test_held_out_pictures_are_never_trained_on(count, seed):
     marks = torch.randint(-2**63, 2**63 - 1, (count, 2), generator=torch.Generator().manual_seed(seed))
@@ -1842,7 +1693,6 @@ def test_held_out_pictures_are_never_trained_on(count, seed):
     order = torch.randperm(count)
     for part, again in zip((training, held_out), by_name(marks[order])):
         assert torch.equal(order[again], part)    # in whatever order the files come
-
 
 def test_what_was_held_out_stays_so_when_others_go(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "HELD_OUT", 30)
@@ -1858,7 +1708,6 @@ def test_what_was_held_out_stays_so_when_others_go(tmp_path, monkeypatch):
     fewer, others = sides_of(range(0, 200, 2), tmp_path / "half")    # some that were trained on may be held
     assert not fewer & held_out and held_out & others                # out, but none that was held out is used
 
-
 @given(st.integers(1, 40), st.integers(1, 100), seeds)
 def test_every_epoch_shows_every_picture_once(count, batch_size, seed):
     batches = train.shuffled(torch.arange(count) + 7, batch_size, seed)
@@ -1872,7 +1721,6 @@ def test_every_epoch_shows_every_picture_once(count, batch_size, seed):
     later = train.shuffled(torch.arange(count) + 7, batch_size, seed, skip=2, mirror=1000)
     if len(both) > 2 * batch_size:
         assert torch.equal(next(later), both.split(batch_size)[2])
-
 
 @pytest.mark.parametrize("flags, declared", [([], True), (["--no_mirror"], True), ([], False)])
 def test_half_of_what_may_be_mirrored_is(flags, declared, here, monkeypatch):
@@ -1889,10 +1737,8 @@ def test_half_of_what_may_be_mirrored_is(flags, declared, here, monkeypatch):
     assert all(0.3 < share < 0.7 if half else not share for share in shares[:4])    # 5 sigma
     assert set(shares[4:]) == {0}    # never where it is tested
 
-
 def md5(path):
     return hashlib.md5(path.read_bytes()).hexdigest()
-
 
 def pack(folder, name, members):
     """Writes an archive of files or folders in a folder, removes them; returns its checksum."""
@@ -1901,7 +1747,6 @@ def pack(folder, name, members):
             tar.add(folder / member, member)
             shutil.rmtree(folder / member)
     return md5(folder / name)
-
 
 # A small archive in the original format of each data set, whose checksums torchvision is told.
 # make(folder, monkeypatch) -> what must be read from it: size, pictures, labels, classes
@@ -1926,7 +1771,6 @@ def make_cifar(folder, monkeypatch, name="CIFAR10"):
     pictures = torch.from_numpy(x[:len(trains)]).view(-1, 3, 32, 32)
     return 32, pictures, [1, 2, 3] * len(trains), list("abcdefghij")
 
-
 def make_stl10(folder, monkeypatch):
     kind, x, rows = torchvision.datasets.STL10, random_pixels(0, 4, 3, 96, 96), []
     base = folder / kind.base_folder
@@ -1944,15 +1788,12 @@ def make_stl10(folder, monkeypatch):
     monkeypatch.setattr(kind, "test_list", rows[3:])
     return 96, torch.from_numpy(x), [0, 1, 9, 0], list("abcdefghij")
 
-
 def one_colour(i, width=40, height=30):
     """A picture of one colour, that differs from i to i and survives JPEG."""
     return Image.new("RGB", (width, height), ((40 * i) % 256, 100, 200))
 
-
 def of_colours(order, size):
     return torch.stack([torch.from_numpy(np.array(one_colour(i, size, size))).permute(2, 0, 1) for i in order])
-
 
 def make_flowers102(folder, monkeypatch):
     """setid.mat and imagelabels.mat are read by scipy, here by one of our own that reads JSON."""
@@ -1974,7 +1815,6 @@ def make_flowers102(folder, monkeypatch):
     monkeypatch.setattr(kind, "_file_dict", {key: (kind._file_dict[key][0], value) for key, value in sums.items()})
     classes = getattr(kind, "classes", [str(i + 1) for i in range(102)])
     return 16, of_colours([2, 5, 1, 3, 4], 16), [101, 2, 6, 0, 6], classes
-
 
 def make_celeba(folder, monkeypatch):
     """Google Drive is a gdown of our own that copies files from the folder."""
@@ -2000,7 +1840,6 @@ def make_celeba(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "gdown", gdown)
     return 16, of_colours([0, 2, 4], 16), [0, 0, 0], [""]
 
-
 def make_lsun(folder, monkeypatch):
     """lmdb is one of our own: a dictionary in a file, its own transaction and cursor."""
     class Database(dict):
@@ -2023,12 +1862,10 @@ def make_lsun(folder, monkeypatch):
         (folder / f"{name}_lmdb" / "data.mdb").write_bytes(pickle.dumps(contents))
     return 16, of_colours([0, 1, 3], 16), [0, 0, 1], ["bedroom", "tower"]
 
-
 ARCHIVES = {"cifar10": make_cifar, "cifar100": functools.partial(make_cifar, name="CIFAR100"),
             "stl10": make_stl10, "flowers102": make_flowers102, "celeba": make_celeba,
             "lsun": make_lsun}
 NATIVE = {"cifar10": 32, "cifar100": 32, "stl10": 96, "flowers102": 500, "celeba": 178, "lsun": 256}
-
 
 @pytest.mark.parametrize("name", sorted(set(train.DATASETS) - {"shapes", "folder"}))
 def test_data_sets_are_read_from_their_original_files(name, here, tmp_path, monkeypatch, capsys):
@@ -2058,7 +1895,6 @@ def test_data_sets_are_read_from_their_original_files(name, here, tmp_path, monk
     load_data(name, tmp_path, side + 1)
     assert f"{NATIVE[name]} pixels" in capsys.readouterr().err
 
-
 def test_cifar_tries_its_mirrors_in_turn(tmp_path, monkeypatch):
     _, pictures, *_ = make_cifar(tmp_path, monkeypatch)
     (tmp_path / "portal").mkdir()
@@ -2076,7 +1912,6 @@ def test_cifar_tries_its_mirrors_in_turn(tmp_path, monkeypatch):
         server.shutdown()
     for word in (urls[0], urls[1], str(tmp_path / "elsewhere"), "cifar-10-python.tar.gz"):
         assert word in str(caught.value)
-
 
 def test_what_a_data_set_lacks_is_one_line(here, monkeypatch, capsys, offline):
 
@@ -2108,7 +1943,6 @@ def test_what_a_data_set_lacks_is_one_line(here, monkeypatch, capsys, offline):
     refuse("celeba", "corrupted", "here", "img_align_celeba.zip", "--dataset shapes")
     assert socket.getdefaulttimeout() <= 60 and not (here / "runs").exists()
 
-
 def test_pictures_in_a_file_are_those_in_memory_and_damaged_ones_are_left_out(photographs, here, monkeypatch, capsys):
     path = photographs / "a" / "04.png"
     path.write_bytes(path.read_bytes()[:100])
@@ -2126,7 +1960,6 @@ def test_pictures_in_a_file_are_those_in_memory_and_damaged_ones_are_left_out(ph
     again = load_data("folder", photographs, 16)    # another content: read anew
     assert (again.marks != data.marks).any(1).sum() == 1 and len(list(here.glob("runs/pictures-*.bin"))) == 2
 
-
 @given(st.integers(1, 9), seeds)
 def test_indices_beyond_the_last_picture_are_mirror_images(count, seed):
     images = torch.randint(256, (count, 3, 4, 5), dtype=torch.uint8)
@@ -2136,7 +1969,6 @@ def test_indices_beyond_the_last_picture_are_mirror_images(count, seed):
         upright = data[torch.arange(count)]
         both = torch.cat([upright, upright.flip(3)])
         assert torch.equal(data[order], both[order])
-
 
 # ------------------------------------------------------------------------------------------------
 # train.py and sample.py: latents
@@ -2162,12 +1994,10 @@ def test_latents_are_normalised_and_decoded_back(seed):
     assert train.sampler_options("ddim", None) == {"clip": 1.0}
     assert train.sampler_options("euler", data.latents) == {}
 
-
 def latent_run(out, *more, arch="mamba"):
     """train.py's arguments for two steps on latents of photographs/, with weights/; all relative."""
     return [*smallest(arch, image_size=64, dataset="folder", data_dir="photographs", steps=2,
                       taesd_dir="weights", out=out), *map(str, more)]
-
 
 def test_a_latent_run_encodes_once(photographs, here, capsys):
     taesd = small_taesd(here / "weights")
@@ -2190,7 +2020,6 @@ def test_a_latent_run_encodes_once(photographs, here, capsys):
     assert "encoding" not in out and f"latents from {cache.name}" in out
     again = lf.load_checkpoint("two/ckpt.pt")
     assert same_bits([state[k] for k in RUN_STATE], [again[k] for k in RUN_STATE])
-
 
 def test_latents_of_other_pictures_are_not_taken_for_these(photographs, here, capsys):
     small_taesd(here / "weights")
@@ -2216,7 +2045,6 @@ def test_latents_of_other_pictures_are_not_taken_for_these(photographs, here, ca
     refused(train.main, latent_run("six", "--image_size", 72, "--latents", "--arch", "patch"),
             capsys, "size 9", "an eighth of --image_size 72")
 
-
 def test_what_is_drawn_from_latents_is_decoded(photographs, here, capsys):
     taesd = small_taesd(here / "weights")
     train.main(latent_run("one"))
@@ -2241,7 +2069,6 @@ def test_what_is_drawn_from_latents_is_decoded(photographs, here, capsys):
     refused(sample.main, ["--ckpt", "one/ckpt.pt", "--taesd_dir", "nowhere"], capsys,
             Path("nowhere") / "taesd_encoder.pth")
 
-
 @pytest.mark.parametrize("arch", ["patch", "unet"])
 def test_every_model_trains_on_latents_by_either_process(arch, photographs, here):
     small_taesd(here / "weights", "taef1", 16)
@@ -2249,7 +2076,6 @@ def test_every_model_trains_on_latents_by_either_process(arch, photographs, here
         train.main(latent_run(process, "--latents", "taef1", "--process", process, arch=arch))
         state = lf.load_checkpoint(f"{process}/ckpt.pt")
         assert state["config"]["in_channels"] == 16 and state["process"] == process
-
 
 def test_when_latents_are_the_default_and_when_they_are_pointless(here, monkeypatch, capsys, offline):
     def latents(*arguments):
@@ -2274,7 +2100,6 @@ def test_when_latents_are_the_default_and_when_they_are_pointless(here, monkeypa
             "taesd_encoder.pth", "taesd_decoder.pth", here / "hub" / "liquidflow")
     assert Path("run/ckpt.pt").exists()    # what --overwrite would replace, had it begun
 
-
 def test_reconstruct_shows_what_the_autoencoder_loses(photographs, here, capsys):
     taesd = small_taesd(here / "weights")
     files = sorted(photographs.rglob("*.png"))[:3]
@@ -2298,7 +2123,6 @@ def test_reconstruct_shows_what_the_autoencoder_loses(photographs, here, capsys)
     refused(sample.main, ["--reconstruct", str(files[0]), *options[:2], "--image_size", "20"], capsys, "8 must divide")
     assert (here / "pairs.png").read_bytes() == before
 
-
 # ------------------------------------------------------------------------------------------------
 # sample.py: export
 # ------------------------------------------------------------------------------------------------
@@ -2308,7 +2132,6 @@ PACKAGES = ["onnx", "onnxscript", "onnxruntime"]
 EXPORTS = [("patch", 64, 3, {"depth": 2, "patch_size": 2, "num_classes": 3}),
            ("unet", 16, 3, {"process": "diffusion"}),
            ("mamba", (16, 24), 4, {"depth": 1})]
-
 
 def random_run(path, arch, size, channels, process=None, **options):
     """Saves a checkpoint of a random model, as train.py would, of latents if it has 4 channels.
@@ -2331,7 +2154,6 @@ def random_run(path, arch, size, channels, process=None, **options):
         "pictures": 1, "classes": ["a", "b", "c"], "args": {"dataset": "shapes", "taesd_dir": "weights"}})
     return model, taesd
 
-
 def reader(path):
     """The model in an exported file, as a function."""
     if path.suffix == ".pt2":
@@ -2342,7 +2164,6 @@ def reader(path):
         named = {name: value.numpy() for name, value in zip("xty", inputs)}
         return torch.from_numpy(session.run(["output"], named)[0])
     return answer
-
 
 @pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
 @pytest.mark.parametrize("arch, size, channels, options", EXPORTS)
@@ -2384,7 +2205,6 @@ def test_an_exported_file_is_the_model(arch, size, channels, options, suffix, he
         assert str(ROOT).encode() not in path.read_bytes()
     assert {*files, Path("ckpt.pt")} == set(Path().iterdir()) - {Path("weights")}
 
-
 def test_an_export_that_is_wrong_is_not_written(here, monkeypatch, capsys):
     random_run("ckpt.pt", "unet", 8, 4)
     Path("model.PT2").write_text("earlier")
@@ -2422,7 +2242,6 @@ def test_an_export_that_is_wrong_is_not_written(here, monkeypatch, capsys):
     assert Path("model.PT2").read_text() == "LiquidUNet"
     assert Path("model-decoder.PT2").read_text() == "Decoder"
 
-
 @pytest.mark.parametrize("name", PACKAGES)
 def test_onnx_without_its_packages_is_one_line(name, here, monkeypatch, capsys):
     random_run("ckpt.pt", "unet", 8, 3)
@@ -2431,11 +2250,9 @@ def test_onnx_without_its_packages_is_one_line(name, here, monkeypatch, capsys):
             "pip install onnx onnxscript onnxruntime", ".pt2")
     assert {p.name for p in here.iterdir()} == {"ckpt.pt"}
 
-
 def replaced(text, old, new):
     assert text.count(old) == 1, old
     return text.replace(old, new)
-
 
 @pytest.mark.parametrize("arch, channels, process", [
     ("patch", 3, "flow"), ("mamba", 4, "diffusion")])
@@ -2468,7 +2285,6 @@ def test_the_readme_draws_the_same_pictures_without_torch(arch, channels, proces
         assert np.abs(pixels - levels).max() < 0.51    # rounding alone is 0.5
         assert 20 < levels.mean() < 235 and levels.std() > 20    # so there is something to compare
 
-
 # ------------------------------------------------------------------------------------------------
 # train.py and sample.py, as a user runs them
 # ------------------------------------------------------------------------------------------------
@@ -2495,7 +2311,6 @@ def test_train_then_sample_as_a_user_does(tmp_path):
     assert code == 0 and (tmp_path / "samples.png").read_bytes() == first, err
     assert {p.name for p in tmp_path.iterdir()} == {"runs", "samples.png", "path.gif"}
 
-
 @pytest.mark.parametrize("arch", lf.ARCHS)
 def test_same_seed_same_run_same_pictures(trained, arch, here):
     state = lf.load_checkpoint(trained / arch / "ckpt.pt")
@@ -2516,7 +2331,6 @@ def test_same_seed_same_run_same_pictures(trained, arch, here):
         exact = (exact.clamp(-1, 1).permute(1, 2, 0).numpy() + 1) * 127.5
         assert np.abs(pixels - exact).max() < 1.5
 
-
 @pytest.mark.parametrize("arch", lf.ARCHS)
 def test_half_precision_moves_few_pixels_by_more_than_a_grey_level(arch, trained, here):
     drawn = []
@@ -2527,12 +2341,10 @@ def test_half_precision_moves_few_pixels_by_more_than_a_grey_level(arch, trained
     assert (auto == off).all() and (half != off).any()    # on a CPU
     assert (np.abs(half - off) > 1).mean() < 0.03    # measured 0, 0, 0.01
 
-
 def test_training_lowers_the_loss(tmp_path):
     train.main([*SMALL, "--steps", "150", "--out", str(tmp_path / "run"), "--lr", "3e-3", "--log_every", "25"])
     losses = [float(row["loss"]) for row in read_log(tmp_path / "run" / "log.csv")]
     assert losses[-1] < 0.8 * losses[0]    # measured 0.67
-
 
 @pytest.mark.parametrize("change, words", [
     ({"classes": []}, ["classes"]), ({"args": {"dataset": "folder", "data_dir": 5}}, ["args"]),
@@ -2556,7 +2368,6 @@ def test_a_strangers_checkpoint_is_data(change, words, here, capsys):
         refused(sample.main, ["--ckpt", "ckpt.pt", *mode], capsys, "ckpt.pt", *words)
     assert [path.name for path in here.iterdir()] == ["ckpt.pt"]
 
-
 def test_names_in_a_checkpoint_cannot_write_to_the_terminal(trained, here, capsys):
     train.main([*SMALL, "--steps", "1", "--labels", "--out", "run"])
     state = lf.load_checkpoint("run/ckpt.pt")
@@ -2566,7 +2377,6 @@ def test_names_in_a_checkpoint_cannot_write_to_the_terminal(trained, here, capsy
     sample.main(["--ckpt", "run/ckpt.pt", "--export", "m.pt2"])
     shown = capsys.readouterr()
     assert "y: 0 ?[2J?, 1" in shown.out and "\x1b" not in shown.out + shown.err
-
 
 def test_a_long_way_makes_a_short_gif(here, monkeypatch):
     train.main([*SMALL, "--steps", "1", "--out", "run"])
@@ -2578,11 +2388,9 @@ def test_a_long_way_makes_a_short_gif(here, monkeypatch):
         assert Image.open("path.gif").n_frames == frames + 1    # and the grid, for longer
         assert sum(map(len, kept)) == 3 * frames + 3 * (frames + 1)    # kept in bytes, and drawn
 
-
 def test_weights_in_another_format_are_called_so(here, capsys):
     Path("model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
     refused(sample.main, ["--ckpt", "model.safetensors"], capsys, "safetensors hold weights alone", "ckpt.pt")
-
 
 def test_the_tour_runs_and_importing_prints_nothing(tmp_path):
     code, out, err = script("liquidflow.py", cwd=tmp_path)
@@ -2611,7 +2419,6 @@ def test_the_tour_runs_and_importing_prints_nothing(tmp_path):
                            capture_output=True, text=True, check=False)
     assert quiet.returncode == 0 and quiet.stdout == quiet.stderr == ""
 
-
 def test_the_example_at_the_top_of_the_file_runs():
     example = re.search(r"\n\n((?:    .+\n)+)\n    §1 ", lf.__doc__).group(1)
     torch.manual_seed(0)
@@ -2619,7 +2426,6 @@ def test_the_example_at_the_top_of_the_file_runs():
     exec("if True:\n" + example, names)    # noqa: S102 - our own text
     assert names["new"].shape == (16, 3, 32, 32) and names["new"].isfinite().all()
     assert names["model"].head.weight.abs().max() > 0    # two steps were taken
-
 
 def test_names_are_defined_before_they_are_used():
     """A reader never has to jump forward: no name of liquidflow.py is used above its definition."""
@@ -2635,7 +2441,6 @@ def test_names_are_defined_before_they_are_used():
     early = [f"{node.id} in line {node.lineno}" for node in ast.walk(tree)
              if isinstance(node, ast.Name) and node.lineno < defined.get(node.id, 0)]
     assert not early
-
 
 # ------------------------------------------------------------------------------------------------
 # train.py: stopping and going on
@@ -2672,7 +2477,6 @@ def test_a_run_that_is_killed_and_resumed_ends_in_the_same_bits(tmp_path, monkey
     steps = [int(row["step"]) for row in read_log(run / "log.csv")]
     assert steps == sorted(set(steps)) and steps[-1] == 200
 
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_how_to_go_on(number, here, capsys, after_step):
     options, before = [*SMALL, "--log_every", "4", "--steps", "12", "--out"], signal.getsignal(number)
@@ -2689,7 +2493,6 @@ def test_a_signal_saves_and_says_how_to_go_on(number, here, capsys, after_step):
     whole, resumed = (lf.load_checkpoint(f"{run}/ckpt.pt") for run in ("whole", "run"))
     for name in RUN_STATE:    # the schedule of 12 steps is the same from the start
         assert same_bits(whole[name], resumed[name]), name
-
 
 def test_what_is_only_looked_at_ends_no_run(here, monkeypatch, capsys):
     """A locked log, samples/ removed, a test that runs out of memory: said once, and the run goes on."""
@@ -2722,7 +2525,6 @@ def test_what_is_only_looked_at_ends_no_run(here, monkeypatch, capsys):
     assert [row["step"] for row in read_log("run/log.csv")] == [str(step) for step in range(1, 10)]
     assert {path.name for path in Path("run/samples").iterdir()} == {"step_000009.png"}
 
-
 def test_a_save_that_fails_is_tried_again_and_then_told(here, monkeypatch, capsys):
     """As os.replace is refused on Windows while a virus scanner holds the file."""
     failures, replace = [], os.replace
@@ -2743,7 +2545,6 @@ def test_a_save_that_fails_is_tried_again_and_then_told(here, monkeypatch, capsy
     error = capsys.readouterr().err.splitlines()
     assert len(failures) == 2 + 6 and [line for line in error if "step 2 could not be saved" in line]
     assert "ended at step 4" in error[-1] and "held by a scanner" in error[-1] and "run/ckpt.pt" in error[-1]
-
 
 @pytest.mark.skipif(os.name == "nt", reason="no such signals, consoles and locks")
 @pytest.mark.parametrize("how", ["SIGHUP", "impatient", "console", "letters"])
@@ -2783,7 +2584,6 @@ def test_a_console_that_goes_away_costs_nothing(how, here):
     if how == "letters":
         assert "?/ckpt.pt; next" in text
 
-
 @pytest.mark.skipif(os.name == "nt", reason="no such signal there")
 def test_nohup_is_heeded(here):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -2794,7 +2594,6 @@ def test_nohup_is_heeded(here):
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
-
 
 @pytest.mark.skipif(os.name == "nt", reason="locks are others there")
 def test_one_folder_has_one_run_at_a_time(here, capsys):
@@ -2810,7 +2609,6 @@ def test_one_folder_has_one_run_at_a_time(here, capsys):
     train.main([*SMALL, "--steps", "1", "--out", "run"])
     assert not list(Path("run").glob("*.tmp")) and Path("run/ckpt.pt").exists()
 
-
 @pytest.mark.parametrize("rewrite", [
     lambda text: "\ufeff" + text, lambda text: text.replace(",", ";"), lambda text: text.replace("\n", ",,\n"),
     lambda text: text.replace("0.", "0,"), lambda text: "a picture"])
@@ -2823,13 +2621,11 @@ def test_a_log_that_another_program_wrote_stops_no_run(rewrite, here, capsys):
     assert [row["step"] for row in rows] == (["3"] if aside.exists() else ["1", "2", "3"])
     assert not aside.exists() or aside.read_text() == text and "log.old.csv" in capsys.readouterr().err
 
-
 def test_a_clock_that_stands_still_or_is_set_back_is_no_trouble(here, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: 0.0)
     monkeypatch.setattr(time, "monotonic", lambda: 5.0)
     train.main([*SMALL, "--steps", "4", "--log_every", "1", "--out", "run"])
     sample.main(["--ckpt", "run/ckpt.pt", "--n", "1", "--steps", "1"])
-
 
 @pytest.mark.parametrize("environment", [{"RANK": "3"}, {"LOCAL_RANK": "1"}, {"RANK": "0", "WORLD_SIZE": "2"},
                                          {"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "x"}])
@@ -2842,7 +2638,6 @@ def test_an_environment_that_does_not_fit_together_is_refused(environment, here,
             monkeypatch.setattr(train, name.removesuffix("_SIZE"), int(value))
     refused(train.main, [*SMALL, "--steps", "1"], capsys, "torchrun")
     assert not list(here.iterdir())
-
 
 def test_resume_refuses_what_would_be_another_run(here, monkeypatch, capsys):
     options = [*SMALL, "--out", "run", "--resume"]
@@ -2871,7 +2666,6 @@ def test_resume_refuses_what_would_be_another_run(here, monkeypatch, capsys):
     assert same_bits(lf.load_checkpoint("run/ckpt.pt")["model"],
                      torch.load(io.BytesIO(before), weights_only=True)["model"])
 
-
 def test_a_save_that_is_killed_leaves_the_earlier_checkpoint(tmp_path):
     lf.save_checkpoint(tmp_path / "ckpt.pt", {"step": 1})
     code = f"""
@@ -2884,7 +2678,6 @@ liquidflow.save_checkpoint("ckpt.pt", dict(step=2))
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False)
     assert done.returncode == -9 and lf.load_checkpoint(tmp_path / "ckpt.pt") == {"step": 1}
 
-
 def test_a_resumed_run_keeps_what_it_is_not_told(here, capsys):
     some = smallest(batch_size=None, out="run")
     train.main([*some, "--batch_size", "4", "--steps", "3", "--lr", "0.004", "--amp", "bf16", "--no_mirror",
@@ -2896,7 +2689,6 @@ def test_a_resumed_run_keeps_what_it_is_not_told(here, capsys):
     assert lf.load_checkpoint("run/ckpt.pt")["args"] == {**before, "resume": True}
     train.main(["--out", "run", "--resume", "--override=dim=48", "--steps", "4"])    # one of the three
     assert lf.load_checkpoint("run/ckpt.pt")["args"] == {**before, "resume": True, "steps": 4}
-
 
 def test_what_is_typed_when_a_run_goes_on_is_applied_or_refused_by_name(here):
     """The README: the intervals, the device, compiling, parts of a batch, folders, and the length."""
@@ -2923,7 +2715,6 @@ def test_what_is_typed_when_a_run_goes_on_is_applied_or_refused_by_name(here):
             for word in train.as_typed(name, value)]
     assert vars(train.load_run(path, same[::-1])[0]) == was    # in any order
 
-
 def test_runs_of_older_programs_go_on_and_damaged_ones_are_refused(here, capsys):
     train.main([*SMALL, "--steps", "1", "--out", "run"])
     state = lf.load_checkpoint("run/ckpt.pt")
@@ -2942,7 +2733,6 @@ def test_runs_of_older_programs_go_on_and_damaged_ones_are_refused(here, capsys)
         lf.save_checkpoint("run/ckpt.pt", {**state, "args": wrong})
         refused(train.main, ["--out", "run", "--resume"], capsys, Path("run/ckpt.pt"), "its args are not")
 
-
 # ------------------------------------------------------------------------------------------------
 # train.py: the recipe
 # ------------------------------------------------------------------------------------------------
@@ -2958,7 +2748,6 @@ def test_the_learning_rate_rises_in_a_line_and_falls_in_half_a_cosine():
     assert [train.learning_rate(step, 3, 1.0) for step in range(3)] == pytest.approx([1, 1, 0.5])
     assert train.learning_rate(0, 1, 1.0) == 1    # a run of one step takes it
 
-
 def test_times_are_drawn_as_the_docstring_says():
     torch.manual_seed(0)
     for process in lf.PROCESSES.values():
@@ -2968,7 +2757,6 @@ def test_times_are_drawn_as_the_docstring_says():
         low, high = (t < 1 / 16).sum() / 200, (t > 15 / 16).sum() / 200    # of 300
         expected = 8 if process.predicts == "velocity" else 300 / 16
         assert low == pytest.approx(expected, abs=1) and high == pytest.approx(expected, abs=1)
-
 
 @pytest.mark.parametrize("arch", lf.ARCHS)
 def test_only_matrices_decay(arch):
@@ -2981,7 +2769,6 @@ def test_only_matrices_decay(arch):
     for name, p in model.named_parameters():    # a matrix mixes: more than one input and output
         matrix = sum(side > 1 for side in p.shape) >= 2
         assert_close(p.detach(), before[name] * (0.95 if matrix else 1), msg=name)
-
 
 def test_the_held_out_loss_is_a_mean_over_eight_times():
     flow, x0, noise = lf.RectifiedFlow(), normal(0, 5, 3, 4, 4), normal(1, 5, 3, 4, 4)
@@ -2996,7 +2783,6 @@ def test_the_held_out_loss_is_a_mean_over_eight_times():
     errors = [(model((1 - t) * x + t * z, torch.tensor([t]), y[None])[0] - (z - x)).square().mean()
               for t in times for x, z, y in zip(x0, noise, labels)]
     assert found == pytest.approx(torch.stack(errors).mean().item())
-
 
 def test_a_run_tests_its_average_on_pictures_that_it_never_saw(photographs, here, losses_asked):
     train.main([*SMALL, "--dataset", "folder", "--data_dir", "photographs", "--steps", "9", "--lr", "0.02",
@@ -3017,7 +2803,6 @@ def test_a_run_tests_its_average_on_pictures_that_it_never_saw(photographs, here
     logged = float(read_log("run/log.csv")[-1]["held_out"])
     assert logged == pytest.approx(found["ema"], rel=1e-5) != pytest.approx(found["model"], rel=1e-4)
 
-
 def test_a_row_of_the_log_by_hand(tmp_path):
     log = train.Log(tmp_path / "log.csv", ["tv"], CPU)
 
@@ -3035,7 +2820,6 @@ def test_a_row_of_the_log_by_hand(tmp_path):
     found = row(2)
     assert (found["loss"], found["loss_t2"], found["loss_t0"], found["tv"]) == ("9", "9", "", "1")
     assert [r["step"] for r in read_log(tmp_path / "log.csv")] == ["1", "2"]
-
 
 @pytest.mark.parametrize("process, strong", [("flow", 600), ("diffusion", 60_000)])
 def test_a_run_is_its_formulas(process, strong, here, monkeypatch, losses_asked):
@@ -3094,7 +2878,6 @@ def test_a_run_is_its_formulas(process, strong, here, monkeypatch, losses_asked)
         assert_close(state["model"][name], w[name], rtol=1e-5, atol=1e-6, msg=name)
         assert_close(state["ema"][name], average[name], rtol=1e-5, atol=1e-6, msg=name)
 
-
 # ------------------------------------------------------------------------------------------------
 # train.py: precision, and steps that are not finite
 # ------------------------------------------------------------------------------------------------
@@ -3117,7 +2900,6 @@ def test_auto_takes_bf16_only_where_the_hardware_has_it(native, monkeypatch):
         with train.Precision(name, CPU).autocast():
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
 
-
 def one_weight(scaled=False):
     """A weight of three ones, and step(gradient, **losses) that moves it as the loop does.
 
@@ -3139,7 +2921,6 @@ def one_weight(scaled=False):
         precision.check(last, *train.summed([precision.numbers()]))
     return weight, optimizer, precision, step, check
 
-
 @pytest.mark.parametrize("scaled", [False, True])
 def test_a_step_that_is_not_finite_changes_nothing(scaled):
     weight, optimizer, _, step, _ = one_weight(scaled)
@@ -3153,7 +2934,6 @@ def test_a_step_that_is_not_finite_changes_nothing(scaled):
     after = [weight.detach(), optimizer.state_dict()["state"]]
     assert same_bits(before, after)
     assert step([3.0, 0.0, 4.0])[0] and not same_bits(weight.detach(), before[0])
-
 
 def test_a_bad_step_moves_no_weight_and_no_average_of_a_run(here, monkeypatch):
     step, states = train.Precision.step, []
@@ -3172,7 +2952,6 @@ def test_a_bad_step_moves_no_weight_and_no_average_of_a_run(here, monkeypatch):
         train.main([*SMALL, "--steps", "2", "--log_every", "1", "--out", "run"])
     assert len(states) == 3 and same_bits(states[0], states[1]) and same_bits(states[0], states[2])
 
-
 def test_the_first_bad_step_ends_the_run_by_name_when_a_row_is_due():
     fine = torch.tensor(1.0)
     for losses, what in (({"loss": fine, "physics": fine * math.inf}, "physics"),
@@ -3185,7 +2964,6 @@ def test_the_first_bad_step_ends_the_run_by_name_when_a_row_is_due():
             step([gradient, 0.0, 0.0], **(losses if math.isnan(gradient) else {"loss": fine}))
         with pytest.raises(ValueError, match=f"step 6: {what};"):
             check(8)
-
 
 def test_a_scaler_may_skip_some_steps_but_not_too_many_in_a_row():
     *_, precision, step, check = one_weight(scaled=True)
@@ -3201,14 +2979,12 @@ def test_a_scaler_may_skip_some_steps_but_not_too_many_in_a_row():
     with pytest.raises(ValueError, match=f"step {2 * precision.in_a_row + 1}: gradient;"):
         check(i + 1)
 
-
 def test_weights_that_are_not_finite_are_never_saved(here, capsys, after_step):
     after_step(6, lambda model: next(model.parameters()).data[0].fill_(math.inf))
     refused(train.main, [*SMALL, "--steps", "8", "--save_every", "3", "--out", "run"], capsys,
             "not finite after step 6", "weights")    # as by a step that was finite, but far too long
     state = lf.load_checkpoint("run/ckpt.pt")
     assert state["step"] == 3 and all(v.isfinite().all() for v in state["model"].values())
-
 
 @pytest.mark.parametrize("process", lf.PROCESSES)
 def test_the_processor_asks_the_device_only_when_a_row_is_due(process, here, monkeypatch):
@@ -3231,7 +3007,6 @@ def test_the_processor_asks_the_device_only_when_a_row_is_due(process, here, mon
     # step 1 asks for the first loss, 10 and 20 for a row
     between = {step: n for step, n in asked.items() if 0 < step < 30}
     assert set(between) == {1, 10, 20} and max(between[10], between[20]) == 1, between
-
 
 # ------------------------------------------------------------------------------------------------
 # train.py and sample.py: labels
@@ -3267,7 +3042,6 @@ def test_the_network_is_told_what_nine_in_ten_pictures_show(tmp_path, monkeypatc
     shutil.rmtree(tmp_path / "pictures" / "c")
     refused(train.main, [*options, "--out", tmp_path / "b", "--labels"], capsys, "sub-folders")
 
-
 def test_parts_of_a_batch_hide_the_same_labels(tmp_path, monkeypatch, losses_asked):
     monkeypatch.setattr(train, "LABEL_DROPOUT", 0.5)
     for parts in "1", "4":
@@ -3275,7 +3049,6 @@ def test_parts_of_a_batch_hide_the_same_labels(tmp_path, monkeypatch, losses_ask
     told = [y for _, y, options in losses_asked if "reduction" in options]
     assert len(told) == 5 + 20
     assert torch.equal(torch.cat(told[:5]), torch.cat(told[5:]))
-
 
 def test_a_row_of_pictures_for_every_label(here, monkeypatch, capsys, trained):
     train.main([*SMALL, "--steps", "1", "--labels", "--out", "."])
@@ -3328,7 +3101,6 @@ def test_a_row_of_pictures_for_every_label(here, monkeypatch, capsys, trained):
     assert asked[1] == 1.0                                           # and without guidance
     assert Image.open("samples.png").size == (38, 38)
 
-
 # ------------------------------------------------------------------------------------------------
 # The command line: defaults, names, what is a user's error
 # ------------------------------------------------------------------------------------------------
@@ -3347,7 +3119,6 @@ def test_every_variant_has_training_defaults_and_is_named_in_the_help():
                 model = lf.create_model(arch, variant, 32)
             assert not set(model.config) & set(train.DEFAULTS[variant])
 
-
 def test_training_defaults_may_differ_by_arch(monkeypatch):
     row = {**train.DEFAULTS["nano"], "steps": 7}
     monkeypatch.setitem(train.DEFAULTS, ("unet", "nano"), row)
@@ -3356,7 +3127,6 @@ def test_training_defaults_may_differ_by_arch(monkeypatch):
         found = {name: getattr(args, name) for name in row}
         assert found == (row if arch == "unet" else train.DEFAULTS["nano"])
 
-
 def test_physics_may_add_to_its_default():
     default = lf.PhysicsLoss.DEFAULT
     assert train.physics_weights("on") == default and train.physics_weights("off") == {}
@@ -3364,7 +3134,6 @@ def test_physics_may_add_to_its_default():
     assert train.physics_weights("tv=0.5,spectral=1") == {"tv": 0.5, "spectral": 1}
     with pytest.raises(argparse.ArgumentTypeError, match="tv, laplacian"):
         train.physics_weights("on,gravity=1")
-
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to"), MemoryError(),
                                    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])
@@ -3376,7 +3145,6 @@ def test_out_of_memory_says_what_needs_less(error, here, monkeypatch, capsys, tr
     refused(train.main, [*SMALL, "--out", "run"], capsys, "out of memory", "--grad_accum 2", "--batch_size")
     refused(sample.main, ["--ckpt", trained / "patch/ckpt.pt"], capsys, "out of memory", "--batch_size")
 
-
 def test_only_what_a_user_can_mend_is_told_in_one_line(trained, monkeypatch):
     def slip(*arguments):
         return int("a slip of the programmer's")    # keeps its traceback
@@ -3387,7 +3155,6 @@ def test_only_what_a_user_can_mend_is_told_in_one_line(trained, monkeypatch):
                             (sample.main, ["--ckpt", "patch/ckpt.pt", "--out", "slip.png"])):
         with pytest.raises(ValueError, match="a slip"):
             main(arguments)
-
 
 def test_a_sampler_is_given_what_it_takes(trained, here, monkeypatch, capsys):
     given_to = {}
@@ -3403,11 +3170,9 @@ def test_a_sampler_is_given_what_it_takes(trained, here, monkeypatch, capsys):
     capsys.readouterr()
     refused(sample.main, [*command, "euler"], capsys, "ddim or noisy", "not euler")
 
-
 def test_names_of_other_command_lines():
     args = arguments_of(["--model_size", "small", "--img_size", "128", "--epochs", "3"])
     assert (args.variant, args.image_size, args.epochs) == ("small", 128, 3)
-
 
 @pytest.mark.parametrize("arguments, words", [
     (["--arch", "gan"], ["--arch", "patch"]), (["--variant", "huge"], ["nano", "tiny"]),
@@ -3427,7 +3192,6 @@ def test_names_of_other_command_lines():
 def test_train_refuses_in_one_line_and_leaves_nothing(arguments, words, here, capsys):
     refused(train.main, arguments, capsys, *words)
     assert not list(here.iterdir())
-
 
 @pytest.mark.parametrize("arguments, words", [
     (["--n", "0"], ["--n"]), (["--steps", "0"], ["--steps"]), (["--eta", "2"], ["--eta"]),
@@ -3449,7 +3213,6 @@ def test_sample_refuses_in_one_line_and_leaves_nothing(arguments, words, here, c
     refused(sample.main, ["--ckpt", trained / "patch" / "ckpt.pt", *arguments], capsys, *words)
     assert not list(here.iterdir())
 
-
 def test_sample_refuses_checkpoints_that_are_none(here, capsys, trained):
     refused(sample.main, [], capsys, "train.py", "--ckpt")    # no runs/ here
     good = lf.load_checkpoint(trained / "patch" / "ckpt.pt")
@@ -3465,7 +3228,6 @@ def test_sample_refuses_checkpoints_that_are_none(here, capsys, trained):
     assert not Path("executed").exists() and not Path("samples.png").exists()
     mamba = trained / "mamba" / "ckpt.pt"
     refused(sample.main, ["--ckpt", mamba, "--sampler", "euler"], capsys, "ddim")
-
 
 def test_what_cannot_begin_leaves_what_it_would_replace(photographs, here, monkeypatch, capsys):
     train.main([*SMALL, "--steps", "1", "--out", "run"])
@@ -3486,7 +3248,6 @@ def test_what_cannot_begin_leaves_what_it_would_replace(photographs, here, monke
     refused(train.main, [*SMALL, "--out", "run"], capsys, "--overwrite")
     refused(train.main, [*SMALL, "--out", "run/log.csv/run"], capsys, "log.csv")
     assert before == {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
-
 
 # ------------------------------------------------------------------------------------------------
 # train.py: the same run from a file, by processes, compilers, half precision
@@ -3514,7 +3275,6 @@ def test_runs_on_pictures_in_a_file_are_the_same_runs(photographs, here, monkeyp
     tables = [[{k: v for k, v in row.items() if k != "images_per_s"} for row in read_log(f"{name}/log.csv")]
               for name in ("memory", "file")]
     assert tables[0] == tables[1]
-
 
 def test_two_processes_and_parts_of_a_batch_are_one_process(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "HELD_OUT", 512)    # as in the processes
@@ -3544,12 +3304,10 @@ def test_two_processes_and_parts_of_a_batch_are_one_process(tmp_path, monkeypatc
         for key, value in weights[0].items():    # AdamW makes a sign of gradients near 0
             assert (value - weights[1][key]).abs().max() < 2e-3, key
 
-
 @pytest.mark.parametrize("device", ["cuda:1", "mps", "meta"])
 def test_each_of_several_processes_has_a_device_of_its_own(device, here, monkeypatch, capsys):
     monkeypatch.setattr(train, "WORLD", 2)
     refused(train.main, [*SMALL, "--device", device, "--out", "run"], capsys, f"--device {device}", "cpu or cuda")
-
 
 def test_processes_do_not_send_each_other_what_never_changes(here, monkeypatch):
     """The orders in which pictures are scanned are buffers, and DistributedDataParallel would."""
@@ -3563,15 +3321,12 @@ def test_processes_do_not_send_each_other_what_never_changes(here, monkeypatch):
         train.main([*SMALL, "--steps", "1", "--out", "run"])
     assert sent == [False]
 
-
 def backend(graph, inputs):
     """A compiler that changes nothing; torch's own needs a C++ compiler and a minute."""
     return graph.forward
 
-
 def broken(graph, inputs):
     raise RuntimeError("no compiler found\n\nlong story")
-
 
 def test_a_compiled_run_is_the_same_run(here, monkeypatch, capsys):
     torch_compile = torch.compile
@@ -3585,7 +3340,6 @@ def test_a_compiled_run_is_the_same_run(here, monkeypatch, capsys):
     torch.compiler.reset()
     refused(train.main, [*SMALL, "--compile", "--out", "x"], capsys, "--compile on", "no compiler found")
     assert not Path("x").exists()
-
 
 def test_what_compile_auto_decides(monkeypatch):
     model, torch_compile = lf.create_model("patch", "nano", 16, num_classes=2, **TINY["patch"]), torch.compile
@@ -3604,7 +3358,6 @@ def test_what_compile_auto_decides(monkeypatch):
     assert "auto" in decided(CPU, steps=10**6)
     assert "no compiler found" in decided(GPU, steps=2000, how=broken)    # and the run goes on
 
-
 @settings(max_examples=200)
 @given(st.floats(0, 1e4), st.floats(1e-3, 10), st.floats(1e-3, 100), st.integers(1, 1000))
 def test_as_many_steps_as_fit(seconds, took, testing, every):
@@ -3613,7 +3366,6 @@ def test_as_many_steps_as_fit(seconds, took, testing, every):
     steps = train.steps_within(seconds, took, testing, every)
     assert steps == 0 or lasts(steps) <= seconds * (1 + 1e-9)
     assert lasts(steps + 1) > seconds * (1 - 1e-9)
-
 
 @pytest.mark.parametrize("flags", [[], ["--labels", "--grad_accum", "2"], ["--process", "diffusion"]])
 def test_a_run_of_minutes_is_the_run_of_the_steps_that_it_chose(flags, here, monkeypatch, capsys, after_step):
@@ -3635,7 +3387,6 @@ def test_a_run_of_minutes_is_the_run_of_the_steps_that_it_chose(flags, here, mon
     for one, other in zip(read_log("run/log.csv"), read_log("same/log.csv"), strict=True):
         assert {**one, "images_per_s": 0} == {**other, "images_per_s": 0}
 
-
 def test_training_in_bf16_stays_near_float32(tmp_path):
     losses = {}
     for amp in ("off", "bf16"):
@@ -3643,7 +3394,6 @@ def test_training_in_bf16_stays_near_float32(tmp_path):
         losses[amp] = float(read_log(tmp_path / amp / "log.csv")[0]["loss"])
     assert losses["bf16"] != losses["off"]
     assert abs(losses["bf16"] / losses["off"] - 1) < 0.02
-
 
 # ------------------------------------------------------------------------------------------------
 # On a GPU; skipped where there is none
@@ -3660,7 +3410,6 @@ def test_gpu_scans_are_those_of_the_cpu(name):
     for e, a, b in zip(expected, exact, single):
         assert_close(a.cpu(), e, rtol=1e-10, atol=1e-10)
         assert (b.cpu() - e).abs().max() < 1e-4 * e.abs().max()
-
 
 @on_a_gpu
 def test_gpu_step_that_is_not_finite_changes_nothing():
@@ -3679,7 +3428,6 @@ def test_gpu_step_that_is_not_finite_changes_nothing():
             after = [model.state_dict(), ema.model.state_dict()]
             assert same_bits(before, after) == bad
 
-
 @on_a_gpu
 def test_gpu_loop_waits_only_when_a_row_is_due(here):
     options = [*SMALL, "--device", "cuda", "--sample_every", "99", "--save_every", "99", "--labels"]
@@ -3695,7 +3443,6 @@ def test_gpu_loop_waits_only_when_a_row_is_due(here):
             waits.append(sum("synchroniz" in str(w.message) for w in caught))
         assert waits[-1] - waits[-2] <= 3    # 30 steps more, three rows more
 
-
 @on_a_gpu
 def test_gpu_run_is_stopped_and_resumed(here, after_step):
     options = smallest(device="cuda", save_every=5, log_every=5, steps=20)
@@ -3709,7 +3456,6 @@ def test_gpu_run_is_stopped_and_resumed(here, after_step):
     assert parts["step"] == whole["step"] == "20"    # sums on a GPU may differ in their order
     assert float(parts["held_out"]) == pytest.approx(float(whole["held_out"]), rel=0.02)
 
-
 @on_a_gpu
 def test_gpu_compiled_run_is_the_eager_run(here):
     for how in "off", "on":
@@ -3717,7 +3463,6 @@ def test_gpu_compiled_run_is_the_eager_run(here):
     off, on = (read_log(f"{how}/log.csv")[-1] for how in ("off", "on"))
     for name in "loss", "held_out":
         assert float(on[name]) == pytest.approx(float(off[name]), rel=1e-3)
-
 
 @on_a_gpu
 def test_gpu_memory_of_a_step_at_128_pixels():
@@ -3727,7 +3472,6 @@ def test_gpu_memory_of_a_step_at_128_pixels():
     step()
     step()
     assert torch.cuda.max_memory_allocated() < 4 * 2**30
-
 
 # ------------------------------------------------------------------------------------------------
 # sample.py: quality by numbers, and what the gates do
@@ -3742,7 +3486,6 @@ def test_wasserstein_is_the_cheapest_way_to_move(n, d, seed):
     a, b = a[:, :1].float(), b[:, :1].float()    # along a line there is one direction
     assert sample.sliced(a, b) == pytest.approx(sample.wasserstein(a, b), rel=1e-5)
 
-
 @given(st.sampled_from([(16, 16), (12, 20), (20, 12)]), st.integers(1, 6), st.floats(0, 1))
 def test_spectrum_tells_waves_by_their_length(size, k, phase):
     height, width = size
@@ -3756,14 +3499,12 @@ def test_spectrum_tells_waves_by_their_length(size, k, phase):
     flat = sample.spectrum(10 * normal(0, 200, 3, *size))    # noise has all waves alike
     assert (flat - 20).abs().max() < 0.3                     # 10 log10(10^2); measured 0.2
 
-
 def scrambled(p, strength):
     """With the same waves as before, just as strong, and somewhere else: no edges are left."""
     turns = torch.fft.fft2(normal(2, *p.shape, dtype=p.dtype)).angle()
     turns[..., 0, 0] = 0    # the mean stays
     waves = torch.fft.fft2(p) * torch.polar(torch.ones_like(turns), turns)
     return torch.lerp(p, torch.fft.ifft2(waves).real, strength)
-
 
 CHANGES = {    # name -> function(pictures, strength)
     "blurred": lambda p, s: torch.lerp(p, F.avg_pool2d(p, 3, 1, 1, count_include_pad=False), s),
@@ -3779,7 +3520,6 @@ SEES = {    # distance -> what it sees, and what it is blind to
     "pixels, sliced": ("recoloured brightened moved", ""),
     "features, sliced": ("blurred noised scrambled", "brightened"),
 }
-
 
 @pytest.mark.parametrize("name", sample.DISTANCES)
 def test_distances_see_what_they_are_for_and_nothing_else(name):
@@ -3797,7 +3537,6 @@ def test_distances_see_what_they_are_for_and_nothing_else(name):
     for change in blind:
         assert distance(p, CHANGES[change](p, 1.0)) < 1e-3, change
 
-
 def test_the_random_filters_of_a_layer_are_no_other_layers(monkeypatch):
     layers, convolve = [], F.conv2d
     monkeypatch.setattr(F, "conv2d", lambda x, weight, **options: (layers.append(weight), convolve(x, weight, **options))[1])
@@ -3807,7 +3546,6 @@ def test_the_random_filters_of_a_layer_are_no_other_layers(monkeypatch):
     for one, other in itertools.combinations(layers, 2):
         one, other = one.flatten()[:other.numel()], other.flatten()[:one.numel()]
         assert abs(F.cosine_similarity(one, other, 0)) < 0.1    # 0.9 or 1 where they share their seed
-
 
 def test_distances_by_hand():
     colours, variation = (sample.DISTANCES[name][0] for name in ("colours", "total variation"))
@@ -3820,7 +3558,6 @@ def test_distances_by_hand():
     r = p.clone()
     r[..., ::2] += 3    # both get half of it: the same mean
     assert variation(q, r) == pytest.approx(3)
-
 
 def test_nearest_finds_copies_and_agrees_with_a_plain_search():
     images = torch.from_numpy(random_pixels(0, 400, 3, 64, 64))    # three batches
@@ -3837,12 +3574,10 @@ def test_nearest_finds_copies_and_agrees_with_a_plain_search():
     others = sample.nearest(copies, data, indices[1:399])    # two of the four are not there
     assert ((others > 0.5) == torch.tensor([True, True, False, False])).all()
 
-
 def table_of(out):
     """{row: (samples, real)} of what --evaluate printed."""
     found = re.findall(r"^(\S.{17})\s*([\d.]+)\s+([\d.]+)   \S", out, re.MULTILINE)
     return {name.strip(): (float(ours), float(real)) for name, ours, real in found}
-
 
 def test_evaluate_compares_samples_and_real_pictures(trained, here, monkeypatch, capsys):
     tables, pictures = {}, {}
@@ -3869,7 +3604,6 @@ def test_evaluate_compares_samples_and_real_pictures(trained, here, monkeypatch,
         assert one[name] == pytest.approx(exact, abs=0.006)    # two digits are printed
     refused(sample.main, ["--ckpt", trained / "patch" / "ckpt.pt", "--evaluate", 65], capsys, "65", "64")
 
-
 @pytest.mark.skipif(sys.platform != "linux", reason="counts memory as Linux does")
 def test_evaluate_holds_few_copies_of_its_pictures(here):
     code = f"""
@@ -3890,7 +3624,6 @@ print((used() - before) / samples.nbytes)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                           env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"})    # what is freed is given back
     assert float(done.stdout.split()[-1]) < 8    # three sets, and what it takes to compare two; measured 6
-
 
 def test_evaluate_finds_its_pictures_again_or_says_so(photographs, here, monkeypatch, capsys):
     train.main([*SMALL, "--dataset", "folder", "--data_dir", "photographs", "--steps", "1", "--out", "run"])
@@ -3923,7 +3656,6 @@ def test_evaluate_finds_its_pictures_again_or_says_so(photographs, here, monkeyp
     for main, words in (sample.main, [*arguments, "--data_dir", photographs]), (train.main, command):
         refused(main, words, capsys, "24 pictures", "23, 1 new (", "zz.png), 1 changed (a/02.png), 2 gone")
 
-
 def test_latents_are_evaluated_as_pictures(photographs, here, capsys):
     small_taesd(here / "weights")
     train.main(latent_run("run"))
@@ -3937,19 +3669,16 @@ def test_latents_are_evaluated_as_pictures(photographs, here, capsys):
     assert Image.open("samples.png").size == (3 * 66 + 2, 2 * 66 + 2)
     assert Image.open("gates.png").size[1] > 4 * 96    # two blocks with two layers each
 
-
 def test_gates_need_a_liquid_layer(here, capsys):
     train.main([*SMALL, "--steps", "1", "--override", "cfc_expand=0", "--out", "."])
     capsys.readouterr()
     refused(sample.main, ["--ckpt", "ckpt.pt", "--gates", "gates.png"], capsys, "no CfC")
     assert not Path("gates.png").exists()
 
-
 NAMES = {"patch": ["block 0", "block 1"],
          "unet": ["encoder 0.0", "encoder 1.0", "bottom 0", "bottom 1", "decoder 0.0",
                   "decoder 1.0"],
          "mamba": ["block 0 in", "block 0 out", "block 1 in", "block 1 out"]}
-
 
 @pytest.mark.parametrize("arch", lf.ARCHS)
 @pytest.mark.parametrize("scale", [1.0, 3.0])
@@ -3994,7 +3723,6 @@ def test_gates_are_those_of_each_layer_at_each_step(arch, scale):
         raise KeyboardInterrupt
     assert all(not module._forward_pre_hooks for module in model.modules())
 
-
 @given(st.floats(0.1, 0.35), st.floats(0.6, 0.9), st.floats(0.02, 0.08))
 @settings(max_examples=10)
 def test_curves_lie_where_the_numbers_are(gate, alpha, spread):
@@ -4015,11 +3743,9 @@ def test_curves_lie_where_the_numbers_are(gate, alpha, spread):
     assert band.max() == pytest.approx(gate + spread, abs=0.01)
     assert band.min() == pytest.approx(gate - spread, abs=0.01)
 
-
 def test_heat_goes_from_dark_to_bright():
     shades = np.asarray(sample.heat(np.linspace(0, 1, 50)[None]).convert("L"))[0].astype(int)
     assert (np.diff(shades) > 0).all() and shades[0] < 20 and shades[-1] > 230
-
 
 @pytest.mark.parametrize("arch", lf.ARCHS)
 def test_looking_at_the_gates_changes_no_picture(arch, trained, here, capsys):
@@ -4034,7 +3760,6 @@ def test_looking_at_the_gates_changes_no_picture(arch, trained, here, capsys):
     assert page.height > 104 * (1 + len(NAMES[arch]))
     assert page.width > 6 * 104 and len(page.getcolors(2**20)) > 50
 
-
 # ------------------------------------------------------------------------------------------------
 # The benchmark: python test_liquidflow.py --bench (pytest times nothing)
 # ------------------------------------------------------------------------------------------------
@@ -4043,7 +3768,6 @@ def test_looking_at_the_gates_changes_no_picture(arch, trained, here, capsys):
 
 SIZES = [(8, 256, 4, 64, 64), (32, 256, 8, 32, 16), (4, 1024, 4, 64, 64), (1, 4096, 4, 64, 64),
          (1, 16384, 4, 64, 64)]                                                    # b, l, h, p, n
-
 
 def published_ssd(x, log_decay, Bm, Cm, q):
     """The published four steps, plainly: Bm and Cm for every head, all decays between chunks."""
@@ -4065,7 +3789,6 @@ def published_ssd(x, log_decay, Bm, Cm, q):
     y = y + torch.einsum("bkthn,bkhpn,bhkt->bkthp", Cm, states[:, :-1], total.exp())
     return y.reshape(b, l, h, p), states[:, -1]
 
-
 class Attention(nn.Module):
     """A mixer for comparison, with the arguments of lf.MIXERS: every token looks at every other."""
 
@@ -4077,12 +3800,10 @@ class Attention(nn.Module):
         q, k, v = self.qkv(u).unflatten(-1, (3, -1, self.headdim)).permute(2, 0, 3, 1, 4)
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
-
 def scan_inputs(b, l, h, p, n, device):
     """x, log_decay, Bm and Cm that ask for gradients."""
     values = (normal(0, b, l, h, p), -0.1 * uniform(1, b, l, h), normal(2, b, l, 1, n), normal(3, b, l, 1, n))
     return [v.float().to(device).requires_grad_() for v in values]
-
 
 def forward_backward(function, inputs, parameters=()):
     """A function without arguments that computes function(*inputs) and all gradients."""
@@ -4094,7 +3815,6 @@ def forward_backward(function, inputs, parameters=()):
         y = y[0] if isinstance(y, tuple) else y
         y.backward(torch.ones_like(y))
     return step
-
 
 def medians(competitors, device, seconds=5):
     """{name: function without arguments} -> {name: median milliseconds}; they take turns."""
@@ -4114,7 +3834,6 @@ def medians(competitors, device, seconds=5):
             taken[name].append(1e3 * (time.perf_counter() - begin))
         start = start or time.perf_counter()          # the first round only warms up
     return {name: float(np.median(values[1:])) for name, values in taken.items()}
-
 
 def bench_scan(device):
     """Our scan against the recurrence, the quadratic form, the published steps and attention."""
@@ -4156,7 +3875,6 @@ def bench_scan(device):
           f"published / ours, geometric mean: {ratio:.2f}\n"
           f"time at 16384 / time at 1024, b = 1: {ms[16384] / ms[1024]:.1f}\n")
 
-
 def bench_mixers(device):
     """The scan and attention by themselves, at several lengths."""
     print("mixers alone, 4096 tokens in all, ms\n    d      l   scan  attention")
@@ -4168,7 +3886,6 @@ def bench_mixers(device):
                           for name, mixer in mixers.items()}, device, seconds=1)
             print(f"{d:>5}{l:>7}{ms['Mamba2']:>7.1f}{ms['Attention']:>11.1f}")
     print()
-
 
 class DiT(nn.Module):
     """A plain diffusion transformer for comparison (Peebles & Xie, 2023): as wide and deep as a
@@ -4201,7 +3918,6 @@ class DiT(nn.Module):
         x = lf.to_grid(self.head(self.norm(x, c)), self.grid, self.grid)
         return F.pixel_shuffle(x, self.patch)
 
-
 def training_step(model, side, batch, amp, compiled=False):
     """A function that takes one step as train.py does: loss, clipping, AdamW, EMA."""
     device = next(model.parameters()).device
@@ -4219,7 +3935,6 @@ def training_step(model, side, batch, amp, compiled=False):
         precision.seen.clear()
     return step
 
-
 def busy(step, steps=5):
     """(milliseconds that a GPU works in a step, kernels that it runs)."""
     activities = torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA
@@ -4229,7 +3944,6 @@ def busy(step, steps=5):
         torch.cuda.synchronize()
     on_gpu = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     return sum(e.time_range.elapsed_us() for e in on_gpu) / 1e3 / steps, len(on_gpu) / steps
-
 
 def bench_step(device):
     """A training step of every model, with the scan and with attention, beside a plain DiT's."""
@@ -4255,7 +3969,6 @@ def bench_step(device):
         print()
     del lf.MIXERS["attention"]
 
-
 def bench_sampling(device):
     model, noise = lf.create_model("patch", "nano", 32).to(device), torch.randn(64, 3, 32, 32)
     noise, flow = noise.to(device), lf.RectifiedFlow()
@@ -4265,7 +3978,6 @@ def bench_sampling(device):
             lf.SAMPLERS["euler"](model, flow, noise, 50)
     ms = medians({"": draw}, device, seconds=1)[""]
     print(f"sampling, patch nano, 32 px, 64 at once, 50 Euler steps: {64e3 / ms:.1f} pictures/s")
-
 
 def judge_labels(checkpoint, device, count=600):
     """Does a model of labelled shapes draw what it is asked for? A classifier is trained to say."""
@@ -4302,7 +4014,6 @@ def judge_labels(checkpoint, device, count=600):
         print(f"cfg {scale}: {right.mean():.1%} of {count} samples are what was asked for; "
               + ", ".join(f"{kind} {right[y == i].mean():.0%}"
                           for i, kind in enumerate(state["classes"])), flush=True)
-
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="The tests are run by: python -m pytest")

