@@ -292,7 +292,7 @@ def evaluate(samples, data, device):
         return torch.cat([data[part] for part in indices[:n].split(64)]).cpu()
 
     # As these are large there is one copy of each, which is changed in place
-    both = torch.cat([samples.clamp(-1, 1), pictures(data.held_out)])                # (2 n, 3, H, W)
+    both = torch.cat([samples.clamp(-1, 1), pictures(data.held_out)])            # (2 n, 3, H, W)
     near = nearest(both.to(device), data, data.training).view(2, n) * 127.5
     other = pictures(data.training)    # in a random order, as the held-out ones
     for some in both, other:

@@ -2442,6 +2442,145 @@ def test_names_are_defined_before_they_are_used():
              if isinstance(node, ast.Name) and node.lineno < defined.get(node.id, 0)]
     assert not early
 
+def test_a_long_run_says_how_long_and_what_is_quicker(here, after_step, capsys):
+    after_step(5, lambda model: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        train.main([*SMALL, "--steps", "10000000", "--out", "run"])
+    assert re.search(r"this will take about \d+\.\d h here; --minutes 60 is quicker", capsys.readouterr().out)
+    train.main([*SMALL, "--steps", "5", "--out", "short"])
+    out = capsys.readouterr().out
+    assert "quicker" not in out
+    assert re.search(r"\d+ images/s, \d+ s for 1,000 steps, at most \d+\.\d\d GiB of memory", out)
+
+# ------------------------------------------------------------------------------------------------
+# train.py: reflow
+
+@pytest.fixture
+def parent(here):
+    """The arguments that train once more the flow of a run with labels in parent/, on 40 pairs."""
+    train.main([*smallest(steps=3, ema=0.5, lr=0.02), "--labels", "--out", "parent"])
+    return ["--reflow", "parent/ckpt.pt", "--pairs", "40", "--steps", "6", "--out", "run"]
+
+def pairs_of(folder=Path()):
+    """What is in the one file of pairs there."""
+    path, = folder.glob("pairs-40-*.pt")
+    return lf.load_checkpoint(path)
+
+def test_pairs_are_noises_and_where_the_averaged_weights_lead_them(parent, capsys):
+    train.main(parent)
+    assert "drawing pairs 40/40" in capsys.readouterr().out
+    pairs, state = pairs_of(), lf.load_checkpoint("parent/ckpt.pt")
+    model = lf.create_model(**state["config"])
+    model.load_state_dict(state["ema"])
+    assert not same_bits(state["ema"], state["model"])
+    noise, labels = pairs["noise"].float(), pairs["labels"]
+    assert labels.tolist() == [i % 6 for i in range(40)] and noise.shape == (40, 3, 16, 16)
+    assert abs(noise.mean()) < 0.02 and noise.std() == pytest.approx(1, abs=0.02)
+    guesses, flow = [], lf.RectifiedFlow()    # of the last step, as the slope at t = 0 is a poor one
+    lf.heun_sample(model, flow, noise, train.PAIR_STEPS, labels, callback=lambda i, x_t, x0_hat: guesses.append(x0_hat))
+    assert (guesses[-1] - pairs["pictures"].float()).abs().max() < 0.01    # half precision in the file
+    train.main([*parent, "--overwrite"])
+    assert "pairs from pairs-40-" in capsys.readouterr().out
+    train.main(["--steps", "4", *smallest(lr=0.02), "--labels", "--out", "parent", "--overwrite"])
+    train.main([*parent, "--overwrite"])    # of another parent, others
+    assert len(list(Path().glob("pairs-40-*.pt"))) == 2
+
+def test_each_picture_of_a_pair_goes_with_its_noise(parent, losses_asked):
+    train.main([*parent, "--log_every", "1"])
+    pairs = pairs_of()
+    noise, pictures = pairs["noise"].float(), pairs["pictures"].float()
+    training, held_out = train.split(train.shuffled_order(40))
+    trained, tested, mirrored = set(), set(), 0
+    for x0, y, options in losses_asked:
+        for picture, label, other in zip(x0, y, options["noise"]):
+            upright = (pictures - picture).abs().amax((1, 2, 3)) == 0
+            flipped = (pictures - picture.flip(2)).abs().amax((1, 2, 3)) == 0
+            i = (upright | flipped).nonzero().item()
+            assert torch.equal(other, noise[i] if upright[i] else noise[i].flip(2))
+            if options.get("reduction") == "none":
+                trained.add(i)
+                mirrored += not upright[i]
+                assert label in (i % 6, 6)    # its own, or hidden
+            else:
+                tested.add(i)
+                assert upright[i] and label == i % 6
+    assert trained <= set(training.tolist()) and tested == set(held_out.tolist()) and len(tested) == 20
+    assert 4 <= mirrored <= 20    # of 24
+
+@pytest.mark.parametrize("flags, mirrored", [([], True), (["--no_mirror"], False)])
+def test_pairs_are_mirrored_unless_told_otherwise(flags, mirrored, parent, losses_asked):
+    train.main([*parent, *flags])
+    pictures = pairs_of()["pictures"].float()
+    seen = torch.cat([x0 for x0, _, options in losses_asked if options.get("reduction") == "none"])
+    known = [(pictures == picture).flatten(1).all(1).any().item() for picture in seen]
+    assert all(known) != mirrored
+
+def test_a_reflow_starts_from_the_averaged_weights(parent):
+    train.main([*parent, "--lr", "1e-12"])
+    before, after = lf.load_checkpoint("parent/ckpt.pt"), lf.load_checkpoint("run/ckpt.pt")
+    assert all(torch.allclose(after["ema"][k], v, atol=1e-9) for k, v in before["ema"].items())
+    assert after["args"]["batch_size"] == 4 and after["args"]["lr"] == 1e-12    # of the parent, and typed
+    assert after["config"] == before["config"] and after["classes"] == before["classes"]
+
+def test_a_reflow_of_latents_keeps_them_as_they_are(photographs, here, losses_asked):
+    small_taesd(here / "weights")
+    train.main([*latent_run("parent", "--process", "flow")])
+    losses_asked.clear()
+    train.main(["--reflow", "parent/ckpt.pt", "--pairs", "40", "--steps", "6", "--out", "run"])
+    pictures = pairs_of()["pictures"].float()
+    assert pictures.shape == (40, 4, 8, 8)
+    for x0, _, _ in losses_asked:    # never mirrored
+        assert ((x0[:, None] - pictures).abs().amax((2, 3, 4)) == 0).any(1).all()
+    before, after = lf.load_checkpoint("parent/ckpt.pt"), lf.load_checkpoint("run/ckpt.pt")
+    assert same_bits(before["latents"], after["latents"]) and same_bits(before["marks"], after["marks"])
+    sample.main(["--ckpt", "run/ckpt.pt", "--taesd_dir", "weights", "--steps", "1", "--n", "4"])
+    sample.main(["--ckpt", "run/ckpt.pt", "--taesd_dir", "weights", "--data_dir", "photographs", "--evaluate", "5"])
+
+def test_a_reflow_that_was_stopped_ends_in_the_same_bits(parent, after_step, capsys):
+    train.main([*parent[:-1], "whole"])
+    after_step(3, lambda model: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        train.main(parent)
+    assert lf.load_checkpoint("run/ckpt.pt")["step"] == 3
+    train.main([*parent, "--resume"])
+    train.main([*parent[:-1], "fresh", "--resume"])    # nothing there yet: starts it
+    whole, *others = (lf.load_checkpoint(f"{name}/ckpt.pt") for name in ("whole", "run", "fresh"))
+    for other in others:
+        assert all(same_bits(whole[name], other[name]) for name in RUN_STATE)
+    sample.main(["--ckpt", "run/ckpt.pt", "--evaluate", "8"])    # beside the parent's pictures
+    assert "8 samples beside 8 held-out pictures" in capsys.readouterr().out
+    train.main(["--out", "run", "--resume", "--steps", "7"])    # it remembers what it is
+
+def test_a_reflow_that_cannot_be_is_refused_in_one_line(parent, here, capsys):
+    def no(*words, **changed):
+        options = dict(zip(parent[::2], parent[1::2])) | {f"--{k}": v for k, v in changed.items()}
+        refused(train.main, [w for pair in options.items() for w in pair if w is not True], capsys, *words)
+    no("nowhere.pt", reflow="nowhere.pt")
+    (here / "cut.pt").write_bytes((here / "parent/ckpt.pt").read_bytes()[:5000])
+    no("cut.pt", "damaged", reflow="cut.pt")
+    no("--pairs", "at least 2", pairs="1")
+    for name, value in ("arch", "unet"), ("variant", "tiny"), ("image_size", "32"), ("dataset", "cifar10"), \
+            ("process", "diffusion"), ("override", "dim=96"), ("latents", "taesd"), ("seed", "3"), ("max_images", "9"):
+        no(f"--{name}", "leave it out", **{name: value})
+    state = lf.load_checkpoint("parent/ckpt.pt")
+    lf.save_checkpoint("other.pt", {**state, "ema": dict(list(state["ema"].items())[1:])})
+    no("other.pt", "do not fit", reflow="other.pt")
+    lf.save_checkpoint("other.pt", {"version": state["version"], "args": state["args"]})
+    no("other.pt", "do not fit", reflow="other.pt")
+    train.main([*smallest("mamba", steps=1), "--out", "noise"])
+    no("noise/ckpt.pt", "predicts noise", reflow="noise/ckpt.pt")
+    assert not Path("run").exists()
+    train.main(parent)
+    path, = Path().glob("pairs-40-*.pt")
+    lf.save_checkpoint(path, {**lf.load_checkpoint(path), "key": "of another parent"})
+    no(path.name, "remove it", overwrite=True)
+    path.unlink()
+    state["ema"]["norm.modulation.1.bias"] += 1    # the parent went on since
+    lf.save_checkpoint("parent/ckpt.pt", state)
+    no("other pairs", resume=True, steps="9")
+    refused(train.main, ["--out", "parent", "--resume", "--steps", "9", "--reflow", "parent/ckpt.pt"], capsys,
+            "other pairs")    # of a run that was no reflow
+
 # ------------------------------------------------------------------------------------------------
 # train.py: stopping and going on
 # ------------------------------------------------------------------------------------------------
@@ -2711,6 +2850,12 @@ def test_what_is_typed_when_a_run_goes_on_is_applied_or_refused_by_name(here):
     for word in [*(f"--{name}={value}" for name, value in other.items()), *(f"--{name}" for name in flags)]:
         with pytest.raises(train.Refused, match=f"{word.partition('=')[0]}, which .*leave it out"):
             train.load_run(path, [word])
+    for started, typed, steps in (("epochs", ["--steps=7"], 7), ("epochs", [], 9), ("minutes", [], 9),
+                                  ("minutes", ["--minutes=3"], 9), ("minutes", ["--steps=7"], 7)):
+        lf.save_checkpoint(path, {"version": train.CHECKPOINT_VERSION, "args": {**was, started: 3}})
+        args, _ = train.load_run(path, typed)    # what epochs or minutes came to are steps by now
+        assert (args.steps, args.epochs) == (steps, None) and args.minutes == (3 if started == "minutes" else None)
+    lf.save_checkpoint(path, {"version": train.CHECKPOINT_VERSION, "args": was})
     same = [word for name, value in was.items() if name not in ("split", "resume", "overwrite", "steps")
             for word in train.as_typed(name, value)]
     assert vars(train.load_run(path, same[::-1])[0]) == was    # in any order
@@ -3004,9 +3149,9 @@ def test_the_processor_asks_the_device_only_when_a_row_is_due(process, here, mon
     with Asked():
         train.main([*SMALL, "--steps", "30", "--log_every", "10", "--sample_every", "99",
                     "--save_every", "99", "--process", process, "--labels", "--out", "run"])
-    # step 1 asks for the first loss, 10 and 20 for a row
+    # step 1 asks for the first loss, 3 for how long it will take, 10 and 20 for a row
     between = {step: n for step, n in asked.items() if 0 < step < 30}
-    assert set(between) == {1, 10, 20} and max(between[10], between[20]) == 1, between
+    assert set(between) == {1, 3, 10, 20} and max(between[10], between[20]) == 1, between
 
 # ------------------------------------------------------------------------------------------------
 # train.py and sample.py: labels

@@ -4,6 +4,7 @@
     python train.py --variant tiny                            shapes, on a GPU such as Colab's T4
     python train.py --dataset cifar10                         CIFAR-10; README.md has more
     python train.py --dataset folder --data_dir my/pictures   your own
+    python train.py --reflow runs/my-run/ckpt.pt              once more, for fewer steps to a picture
     torchrun --nproc_per_node=8 train.py                      eight GPUs
 
 Then `python sample.py`. Read this file from the bottom: run() sets up, train() is the loop.
@@ -56,10 +57,13 @@ LATENTS_FROM = 64           # pixels; smaller pictures have latents of less than
 IN_MEMORY = 2 * 2**30       # bytes of pictures; a larger set is kept in a file beside the run
 FUSED = "cpu", "cuda"       # where torch has an AdamW in one piece
 COMPILE_FROM = 2000, 5      # steps, minutes: fewer would not win back what compiling takes
+PAIR_STEPS = 16             # Heun steps from the noise of a pair to its picture
 
 # What a resumed run may change: nothing that moves the weights by more than rounding, but steps
 MAY_CHANGE = {"steps", "epochs", "grad_accum", "log_every", "sample_every", "save_every", "device",
-              "compile", "data_dir", "taesd_dir", "out", "resume", "overwrite"}
+              "compile", "data_dir", "taesd_dir", "out", "resume", "overwrite", "reflow"}
+# What a --reflow may do otherwise than the run that it starts from: how it learns, and not what
+RECIPE = {"minutes", "pairs", "batch_size", "lr", "weight_decay", "ema", "physics", "no_mirror", "amp"}
 
 # What each model was designed for, and the sampler for what a process's network predicts
 PROCESS_OF = {"patch": "flow", "unet": "flow", "mamba": "diffusion"}
@@ -98,12 +102,23 @@ class DataSet:
     Of stored ones, .names and .marks (N, 2) tell one picture from another, by name and content.
     """
 
-    latents = names = marks = None    # latents: see Latents
+    latents = names = marks = reflow = None    # see Latents and Pairs
 
     def __getitem__(self, indices):
-        pictures = self.pictures(indices % len(self))
-        mirror = moved(indices >= len(self), pictures.device)
-        return torch.where(mirror[:, None, None, None], pictures.flip(3), pictures)
+        return self.mirrored(self.pictures, indices)
+
+    def mirrored(self, pictures, indices):
+        """What the function pictures gives for indices % len(), mirrored for those above."""
+        upright = pictures(indices % len(self))
+        mirror = moved(indices >= len(self), upright.device)
+        return torch.where(mirror[:, None, None, None], upright.flip(3), upright)
+
+    def noises(self, indices):
+        """The noise that each picture goes with, like data[indices]; None: any, anew each time."""
+
+    def remembered(self):
+        """What a checkpoint keeps of them, to see later whether they are the same."""
+        return {"pictures": len(self), "marks": self.marks, "reflow": None}
 
 def scaled(images):
     """uint8 -> [-1, 1]."""
@@ -575,6 +590,76 @@ class Latents(DataSet):
 
     def __getitem__(self, indices):
         return (self.stored[moved(indices, self.stored.device)].float() - self.mean) / self.std
+
+# ------------------------------------------------------------------------------------------------
+# Reflow (liquidflow.py, end of §13): a flow is trained once more, from its averaged weights, on the
+# pairs of a noise and the picture that it leads to. They are drawn once, and kept beside the run.
+
+@torch.no_grad()
+def drawn_pairs(args, parent, precision):
+    """(pairs, key) of a run's checkpoint: {"noise", "pictures": (N, C, H, W) float16, "labels": (N,)};
+    key is of all that they are made from. Refused if it predicts no velocity, or does not fit.
+    """
+    process = lf.PROCESSES[args.process]()
+    if process.predicts != "velocity":
+        raise Refused(f"--reflow {args.reflow}: predicts {process.predicts}; a flow is needed")
+    made_from = f"{args.pairs} {args.seed}".encode()
+    try:
+        model = lf.create_model(**parent["config"]).to(precision.device).eval()
+        model.load_state_dict(parent["ema"])
+        for value in parent["ema"].values():
+            made_from += value.cpu().numpy().tobytes()
+        shape = model.config["in_channels"], *lf.sides(model.config["image_size"])
+        classes = model.config["num_classes"]
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise Refused(f"--reflow {args.reflow}: its contents do not fit ({error})") from None
+    key = hashlib.sha1(made_from).hexdigest()
+
+    def make():
+        generator = torch.Generator().manual_seed(args.seed)
+        noise = torch.randn(args.pairs, *shape, generator=generator).half()
+        labels = torch.arange(args.pairs) % max(1, classes)    # as many of each
+        pictures, progress = torch.empty_like(noise), Progress("drawing pairs", args.pairs)
+
+        def keep(i, x_t, x0_hat):    # the guess of the last step, an Euler step to t = 0: there the
+            keep.guess = x0_hat      # slope itself is that of noise which nobody can see any more
+
+        for part in torch.arange(args.pairs).split(64):
+            y = labels[part].to(precision.device) if classes else None
+            start = noise[part].float().to(precision.device)
+            with precision.autocast():
+                lf.heun_sample(model, process, start, PAIR_STEPS, y, callback=keep)
+            pictures[part] = keep.guess.half().cpu()
+            progress(part[-1].item() + 1)
+        return {"noise": noise, "pictures": pictures, "labels": labels}
+
+    return kept_beside(Path(args.out).parent / f"pairs-{args.pairs}-{key[:12]}.pt", key, "pairs",
+                       make), key
+
+class Pairs(DataSet):
+    """The pictures of drawn_pairs(), with their noises; the rest is as in the run of `parent`."""
+
+    def __init__(self, pairs, key, parent, device):
+        self.noise, self.stored, self.labels = (
+            pairs[name].to(device) for name in ("noise", "pictures", "labels"))
+        self.training, self.held_out = split(shuffled_order(len(self.noise)))
+        self.classes, self.latents, self.reflow = parent["classes"], parent["latents"], key
+        self.parent = parent
+
+    def __len__(self):
+        return len(self.noise)
+
+    def remembered(self):
+        """The pictures of the parent's run, which --evaluate compares with; and the pairs' key."""
+        return {"pictures": self.parent["pictures"], "marks": self.parent.get("marks"),
+                "reflow": self.reflow}
+
+    def pictures(self, indices):
+        """(B,) -> (B, C, H, W)."""
+        return self.stored[moved(indices, self.stored.device)].float()
+
+    def noises(self, indices):
+        return self.mirrored(lambda i: self.noise[moved(i, self.noise.device)].float(), indices)
 
 @torch.no_grad()
 def decoded(x, taesd, latents):
@@ -1059,9 +1144,9 @@ def as_typed(name, value):
         return []
     return [f"--{name}" if value is True else f"--{name}={value}"]
 
-def load_run(path, argv):
+def load_run(path, argv, may_change=MAY_CHANGE):
     """(arguments, state) of the run in a checkpoint: its own, but for what is in argv. Refused if
-    that makes it another run, or if the file holds no such arguments.
+    that differs in more than may_change, or if the file holds no such arguments.
     """
     state, parser = load_state(path), make_parser()
     was = parser.parse_args([])    # an option that is newer than the run had its default then
@@ -1075,9 +1160,9 @@ def load_run(path, argv):
         raise Refused(f"{path}: its args are not as train.py writes them ({error})") from None
     args = filled_in(parser.parse_args(argv, copy.copy(was)))
     differ = ", ".join(f"--{name}" for name, value in vars(was).items()
-                       if name not in MAY_CHANGE and value != getattr(args, name))
+                       if name not in may_change and value != getattr(args, name))
     if differ:
-        raise Refused(f"{path} was started with another {differ}, which a run keeps: leave it out")
+        raise Refused(f"{path} was started with another {differ}, which is kept: leave it out")
     return args, state
 
 def restore(state, model, ema, optimizer, precision):
@@ -1165,13 +1250,14 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
     classes = model.config["num_classes"]    # labels: 0 ... classes - 1; classes itself is hidden
 
     def told(indices):
-        """Pictures, and what the network is told of them, (B,) or None."""
+        """Pictures, what the network is told of them, (B,) or None, and their noises or None."""
         known = data.labels[moved(indices % len(data), data.labels.device)]
-        return data[indices], moved(known, device) if classes else None
+        return data[indices], moved(known, device) if classes else None, data.noises(indices)
 
     def examples_from(first):
         """The same for each part of a batch, from that step on, without an end."""
         mirror = len(data) if DATASETS[args.dataset].mirror and not args.no_mirror else 0
+        mirror = 0 if data.reflow and data.latents else mirror    # a mirrored latent is no latent
         for indices in shuffled(training, args.batch_size, args.seed, first, mirror):
             yield from (told(indices[part]) for part in mine)
 
@@ -1181,6 +1267,7 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
     fixed = torch.Generator().manual_seed(TEST_SEED)    # for noise that never changes
     shape = model.config["in_channels"], *lf.sides(model.config["image_size"])
     test_noise = torch.randn(len(held_out), *shape, generator=fixed)
+    test_noise = data.noises(held_out) if data.reflow else test_noise
     sample_noise = torch.randn(36, *shape, generator=fixed).to(device)
     sample_labels = torch.arange(36, device=device) // 6 % classes if classes else None    # in rows
 
@@ -1193,7 +1280,7 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
         state = {
             "version": CHECKPOINT_VERSION, "config": model.config, "process": args.process,
             "step": step, "classes": data.classes, "latents": data.latents, "args": vars(args),
-            "pictures": len(data), "marks": data.marks, "ema": ema.model.state_dict(),
+            **data.remembered(), "ema": ema.model.state_dict(),
             "updates": ema.updates, "model": model.state_dict(),
             "optimizer": optimizer.state_dict(), "scaler": precision.scaler.state_dict(),
             "random": random_state(device)}
@@ -1222,7 +1309,7 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
     def test(share=1):
         """The held-out loss of the averaged weights, on all held-out pictures or the first ones."""
         some = held_out[:math.ceil(share * len(held_out))]
-        return held_out_loss(ema.model, process, lambda part: told(some[part]),
+        return held_out_loss(ema.model, process, lambda part: told(some[part])[:2],
                              test_noise[:len(some)], test_batch)
 
     def look(step):
@@ -1254,21 +1341,22 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
         optimizer.zero_grad()
         noted = []
         for part in mine:
-            (x0, y), t = next(examples), all_t[part]                          # (B, C, H, W), (B,)
+            (x0, y, noise), t = next(examples), all_t[part]                   # (B, C, H, W), (B,)
+            noise = all_noise[part] if noise is None else noise
             if classes:
                 y = torch.where(hidden[part], classes, y)
             waiting = WORLD > 1 and part is not mine[-1]    # gradients are exchanged once a step
             with network.no_sync() if waiting else contextlib.nullcontext():
                 with precision.autocast():
                     errors, x0_hat, _ = process.loss(
-                        network, x0, y, t=t, noise=all_noise[part], reduction="none")    # (B,)
+                        network, x0, y, t=t, noise=noise, reduction="none")    # (B,)
                 loss = errors.mean()
                 penalty, parts = physics(x0_hat, x0, process.alpha_sigma(t)[0], step)
                 precision.scaler.scale((loss + penalty) / len(mine)).backward()
             noted.append((errors, t, parts))
         finite = precision.step(optimizer, model.parameters(), {"loss": loss, "physics": penalty})
         ema.update(model, finite)
-        return noted, functools.partial(process.target, x0, all_noise[part], t)
+        return noted, functools.partial(process.target, x0, noise, t)
 
     if deadline and not state:    # a trial, which leaves no trace
         generators, scale = random_state(device), copy.deepcopy(precision.scaler.state_dict())
@@ -1379,12 +1467,14 @@ def make_parser():
     add("--lr", type=number(float, 1e-12, 1), help="peak learning rate")
     add("--weight_decay", type=number(float, 0), default=0.01, help="of AdamW, for matrices")
     add("--ema", type=number(float, 0, 1), default=0.999, help="decay of the averaged weights")
-    add("--physics", type=physics_weights, metavar="on|off|[on,]NAME=WEIGHT,...",
-        help=f"not given: on for pictures, off for latents. NAME: {', '.join(lf.PHYSICS)}")
+    add("--physics", type=physics_weights, metavar="NAME=WEIGHT,...",
+        help=f"or on, off; not given: on, but for latents. NAME: {', '.join(lf.PHYSICS)}")
     add("--override", type=override, action="append", default=[], metavar="KEY=VALUE",
         help=f"an option of the model; may be repeated. KEY: {', '.join(options)} (not every model "
              f"has all); scan is one of {', '.join(lf.SCANS)}, mixer of {', '.join(lf.MIXERS)}, "
              "alpha liquid or constant")
+    add("--reflow", metavar="CKPT", help="train its flow once more, on pairs that it draws")
+    add("--pairs", type=number(int, 2), default=8192, help="how many, for --reflow")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="same seed: same run")
     add("--out", help="folder of the run; runs/<arch>-<variant>-<dataset> if not given")
     old = parser.add_mutually_exclusive_group()
@@ -1425,7 +1515,8 @@ def filled_in(args):
 def run(argv):
     """Trains what the command line asks for, in a folder that is nobody else's for as long."""
     args = make_parser().parse_args(argv)
-    args.out = args.out or f"runs/{args.arch}-{args.variant}-{args.dataset}"
+    args.out = args.out or (f"{Path(args.reflow).resolve().parent}-reflow" if args.reflow else
+                            f"runs/{args.arch}-{args.variant}-{args.dataset}")
     out = Path(args.out)
     with contextlib.nullcontext() if RANK else owned(out):
         if args.resume and (out / "ckpt.pt").exists():
@@ -1433,6 +1524,9 @@ def run(argv):
         else:
             if args.resume and not RANK:
                 say(f"{out}: nothing was saved yet; starting from the beginning")
+            if args.reflow:    # all that is not typed is as in the run that it starts from
+                typed, (args, _) = args, load_run(Path(args.reflow), argv, MAY_CHANGE | RECIPE)
+                args.out, args.minutes = typed.out, typed.minutes
             set_up_and_train(filled_in(args))
 
 def set_up_and_train(args, state=None):
@@ -1472,21 +1566,31 @@ def set_up_and_train(args, state=None):
     except ValueError as error:
         eighth = f"; latents have an eighth of --image_size {args.image_size}" if taesd else ""
         raise Refused(f"{error}{eighth}") from None
-    data = first_come_first(lambda: DATASETS[args.dataset](args, device))
+    if args.reflow:
+        parent = load_state(args.reflow)
+        data = Pairs(*first_come_first(lambda: drawn_pairs(args, parent, precision)), parent, device)
+    else:
+        data = first_come_first(lambda: DATASETS[args.dataset](args, device))
     if len(data) < 2:
         raise Refused("one picture is too few: one is held out, and none is left to train on")
     if args.labels and (len(data.classes) < 2 or "" in data.classes):
         raise Refused(f"--labels: not all pictures of --dataset {args.dataset} have a class; "
                       "those of a folder are its sub-folders, two or more")
-    if taesd:
+    if taesd and not args.reflow:
         latents = first_come_first(lambda: encoded(data, taesd, args, device))
         data = Latents(latents, data, args.latents, device)
     model = make_model(num_classes=len(data.classes) if args.labels else 0).to(device)
+    if args.reflow:
+        model.load_state_dict(parent["ema"])
     training = len(data.training)
     if args.epochs:
         args.steps = math.ceil(args.epochs * training / args.batch_size)
     if state:
-        check_same_pictures(state, data)
+        if state.get("reflow") != data.reflow:
+            raise Refused(f"the run in {out} was started with other pairs than --reflow "
+                          f"{args.reflow} makes")
+        if not args.reflow:
+            check_same_pictures(state, data)
         was, now = state["latents"], data.latents
         if now and (was["mean"].shape != now["mean"].shape
                     or not torch.allclose(was["mean"], now["mean"], atol=0.01)):
@@ -1498,7 +1602,7 @@ def set_up_and_train(args, state=None):
     cells = math.prod(getattr(model, "grid", ()))    # 1 where there is none
     length = f"{args.steps} steps" if args.steps else f"{args.minutes:g} minutes of steps"
     say(f"{args.arch} {args.variant}: {sum(p.numel() for p in model.parameters()):,} parameters; "
-        f"{training:,} pictures of {args.image_size}x{args.image_size}"
+        f"{training:,} {'pairs' if args.reflow else 'pictures'} of {args.image_size}x{args.image_size}"
         f"{f' as {cells} tokens' if cells > 1 else ''}, {len(data) - training} held out; {length} "
         f"of {args.batch_size} on {device}{f' and {WORLD - 1} more' if WORLD > 1 else ''}; {how}")
     deadline = start + 60 * args.minutes if args.minutes else None
