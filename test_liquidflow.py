@@ -2832,11 +2832,14 @@ def test_a_resumed_run_keeps_what_it_is_not_told(here, capsys):
 def test_what_is_typed_when_a_run_goes_on_is_applied_or_refused_by_name(here):
     """The README: the intervals, the device, compiling, parts of a batch, folders, and the length."""
     free = {"steps": 7, "epochs": 2, "grad_accum": 2, "log_every": 3, "sample_every": 3, "save_every": 3,
-            "device": "warp", "compile": "off", "data_dir": "moved", "taesd_dir": "moved", "out": "run"}
+            "device": "warp", "compile": "off", "data_dir": "moved", "taesd_dir": "moved", "out": "run",
+            "reflow": "moved"}
     other = {"arch": "unet", "process": "diffusion", "variant": "tiny", "dataset": "cifar10", "max_images": 9,
              "image_size": 24, "latents": "taef1", "minutes": 3.0, "batch_size": 2, "lr": 0.5, "weight_decay": 0.5,
-             "ema": 0.5, "physics": "tv=9", "override": "depth=1", "seed": 3, "amp": "off"}
+             "ema": 0.5, "physics": "tv=9", "override": "depth=1", "seed": 3, "amp": "off", "pairs": 9}
     flags = {"labels", "no_mirror"}
+    # A reflow learns as it likes, but the same: what is learnt is its parent's
+    assert {"minutes", "pairs", "batch_size", "lr", "weight_decay", "ema", "physics", "no_mirror", "amp"} == train.RECIPE
     names = {action.dest for action in train.make_parser()._actions} - {"help", "resume", "overwrite"}
     assert names == {*free, *other, *flags}    # every option is in one of them
     was = vars(arguments_of([*smallest(dataset="folder", data_dir="here", taesd_dir="here", latents="taesd"),
