@@ -1559,7 +1559,7 @@ def tour():
     pictures = torch.rand(64, 3, 32, 32) * 2 - 1
     for section, arch in ("§8 ", "unet"), ("§9 ", "patch"):
         model = create_model(arch, "nano", 32)
-        flow, diffusion = (process().loss(model, pictures)[0] for process in PROCESSES.values())
+        flow, diffusion = (p().loss(model, pictures)[0] for p in (RectifiedFlow, VPDiffusion))
         print(f"{section} new {arch} nano, first losses: flow {flow:.3f} (§11: 1 + E[x0^2] = "
               f"{1 + pictures.square().mean():.3f}), diffusion {diffusion:.3f} (1)")
     # For data N(0, 1/4) the best velocity is known (§11), and paths end at noise / 2

@@ -60,37 +60,10 @@ def load_model(path, device):
     version, or not a run's checkpoint at all.
     """
     state = train.load_state(path)
-    try:
-        if max(lf.sides(state["config"]["image_size"])) > train.LARGEST:
-            raise ValueError(f"pictures of more than {train.LARGEST} pixels a side")
-        blocks = state["config"].get("depth", 0), *state["config"].get("blocks", ())
-        if sum(blocks) > len(state["ema"]):    # before they are built: a million takes hours
-            raise ValueError("more blocks than weights")
-        with torch.device("meta"):    # which takes no memory: is it as large as it says?
-            empty = lf.create_model(**state["config"]).state_dict()
-        if {k: v.shape for k, v in empty.items()} != {k: v.shape for k, v in state["ema"].items()}:
-            raise ValueError("its weights are not those of its config")
-        model = lf.create_model(**state["config"])
-        model.load_state_dict(state["ema"])
-        process = lf.PROCESSES[state["process"]]()
-        latents, args = state["latents"], state["args"]
-        classes, marks, pictures = state["classes"], state.get("marks"), state["pictures"]
-        channels = model.config["in_channels"], 1, 1
-        known = [type(args) is dict and args["dataset"] in train.DATASETS,
-                 all(isinstance(args.get(name), str | None) for name in ("data_dir", "taesd_dir")),
-                 all(isinstance(args.get(name), int | None) for name in ("max_images", "seed")),
-                 type(state["step"]) is type(pictures) is int and pictures > 0,
-                 type(classes) in (list, tuple) and all(type(name) is str for name in classes),
-                 model.config["num_classes"] in (0, len(classes)),
-                 marks is None or marks.shape == (pictures, 2) and not marks.is_floating_point(),
-                 latents is None or latents["name"] in lf.TAESD_FILES and latents["limit"] > 0
-                 and latents["mean"].shape == latents["std"].shape == channels]
-        if not all(known):
-            raise ValueError("its args, classes, counts or latents are not as train.py writes them")
-        return model.to(device).eval(), process, state
-    except (KeyError, TypeError, RuntimeError, ValueError, AttributeError) as error:
-        reason = str(error).split("\n")[0]    # a line, where load_state_dict lists every weight
-        raise train.Refused(f"{path}: its contents do not fit together ({reason})") from None
+    train.check_fits(path, state)
+    model = lf.create_model(**state["config"])
+    model.load_state_dict(state["ema"])
+    return model.to(device).eval(), lf.PROCESSES[state["process"]](), state
 
 def draw_noise(n, shape, seed):
     """(n, *shape) normal noise; picture i gets the same noise however many are drawn."""

@@ -216,6 +216,12 @@ def photographs(tmp_path):
         Image.fromarray(random_pixels(i, 16, 16, 3)).save(path)
     return tmp_path / "photographs"
 
+@pytest.fixture
+def parent(here):
+    """The arguments that train once more the flow of a run with labels in parent/, on 40 pairs."""
+    train.main([*smallest(steps=3, ema=0.5, lr=0.02), "--labels", "--out", "parent"])
+    return ["--reflow", "parent/ckpt.pt", "--pairs", "40", "--steps", "6", "--out", "run"]
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder with one run of each arch in it."""
@@ -619,11 +625,11 @@ def test_scan_hands_each_path_to_the_mixer_and_puts_tokens_back(name, height, wi
 
     class Running(nn.Module):
         def forward(self, sequence):
-            return sequence.cumsum(1)
+            return sequence.cumsum(1) ** 2    # squared, as sums along a path and its reverse add up
 
     expected = torch.zeros_like(u)
     for order in orders:
-        path = u[:, order].cumsum(1)
+        path = u[:, order].cumsum(1) ** 2
         for i, cell in enumerate(order):
             expected[:, cell] += path[:, i] / len(orders)
     assert_close(lf.Scan(Running(), orders)(u), expected)
@@ -2455,12 +2461,6 @@ def test_a_long_run_says_how_long_and_what_is_quicker(here, after_step, capsys):
 # ------------------------------------------------------------------------------------------------
 # train.py: reflow
 
-@pytest.fixture
-def parent(here):
-    """The arguments that train once more the flow of a run with labels in parent/, on 40 pairs."""
-    train.main([*smallest(steps=3, ema=0.5, lr=0.02), "--labels", "--out", "parent"])
-    return ["--reflow", "parent/ckpt.pt", "--pairs", "40", "--steps", "6", "--out", "run"]
-
 def pairs_of(folder=Path()):
     """What is in the one file of pairs there."""
     path, = folder.glob("pairs-40-*.pt")
@@ -2565,8 +2565,11 @@ def test_a_reflow_that_cannot_be_is_refused_in_one_line(parent, here, capsys):
     state = lf.load_checkpoint("parent/ckpt.pt")
     lf.save_checkpoint("other.pt", {**state, "ema": dict(list(state["ema"].items())[1:])})
     no("other.pt", "do not fit", reflow="other.pt")
-    lf.save_checkpoint("other.pt", {"version": state["version"], "args": state["args"]})
-    no("other.pt", "do not fit", reflow="other.pt")
+    for gone in "classes", "pictures", "latents", "config", "model":
+        lf.save_checkpoint("other.pt", {name: value for name, value in state.items() if name != gone})
+        no("other.pt", "do not fit", reflow="other.pt")
+    no("holds the run that --reflow starts from", out="parent", overwrite=True)
+    refused(train.main, [*SMALL, "--pairs", "9", "--out", "run"], capsys, "--pairs is for --reflow")
     train.main([*smallest("mamba", steps=1), "--out", "noise"])
     no("noise/ckpt.pt", "predicts noise", reflow="noise/ckpt.pt")
     assert not Path("run").exists()
@@ -2574,12 +2577,36 @@ def test_a_reflow_that_cannot_be_is_refused_in_one_line(parent, here, capsys):
     path, = Path().glob("pairs-40-*.pt")
     lf.save_checkpoint(path, {**lf.load_checkpoint(path), "key": "of another parent"})
     no(path.name, "remove it", overwrite=True)
-    path.unlink()
-    state["ema"]["norm.modulation.1.bias"] += 1    # the parent went on since
+
+def test_a_reflow_goes_on_when_its_parent_has_or_is_gone(parent, capsys):
+    train.main(parent)
+    pairs, path = pairs_of(), next(Path().glob("pairs-40-*.pt"))
+    state = lf.load_checkpoint("parent/ckpt.pt")
+    state["ema"]["norm.modulation.1.bias"] += 1    # it went on
     lf.save_checkpoint("parent/ckpt.pt", state)
-    no("other pairs", resume=True, steps="9")
-    refused(train.main, ["--out", "parent", "--resume", "--steps", "9", "--reflow", "parent/ckpt.pt"], capsys,
-            "other pairs")    # of a run that was no reflow
+    train.main([*parent, "--steps", "8", "--resume"])
+    path.unlink()    # then it would make others
+    refused(train.main, [*parent, "--steps", "9", "--resume"], capsys, path.name, "is gone", "gone on since")
+    assert not list(Path().glob("pairs-40-*.pt"))
+    lf.save_checkpoint(path, pairs)
+    Path("parent/ckpt.pt").unlink()
+    train.main(["--out", "run", "--resume", "--steps", "9"])
+    assert lf.load_checkpoint("run/ckpt.pt")["step"] == 9
+
+def test_no_noise_that_is_drawn_from_was_learnt_by_heart(parent):
+    train.main(parent)
+    noise = pairs_of()["noise"].flatten(1)
+    for drawn in sample.draw_noise(40, (3, 16, 16), 0), torch.randn(
+            36, 3, 16, 16, generator=torch.Generator().manual_seed(train.TEST_SEED)):
+        assert ((noise[:, None] - drawn.half().flatten(1)) == 0).float().mean(2).max() < 0.1
+
+def test_pairs_have_a_key_of_all_that_they_are_made_from(parent, monkeypatch):
+    train.main(parent)
+    for name, value in ("PAIR_STEPS", 3), ("PAIR_STEPS", 4):
+        monkeypatch.setattr(train, name, value)
+        train.main([*parent, "--overwrite"])
+    train.main([*parent, "--overwrite", "--amp", "bf16"])
+    assert len(list(Path().glob("pairs-40-*.pt"))) == 4
 
 # ------------------------------------------------------------------------------------------------
 # train.py: stopping and going on
@@ -2756,9 +2783,9 @@ def test_a_log_that_another_program_wrote_stops_no_run(rewrite, here, capsys):
     text = rewrite(Path("run/log.csv").read_text())
     Path("run/log.csv").write_text(text)
     train.main([*SMALL, "--steps", "3", "--log_every", "1", "--out", "run", "--resume"])
-    rows, aside = read_log("run/log.csv"), Path("run/log.old.csv")
+    rows, aside = read_log("run/log.csv"), next(Path("run").glob("log.*.csv"), Path("none"))
     assert [row["step"] for row in rows] == (["3"] if aside.exists() else ["1", "2", "3"])
-    assert not aside.exists() or aside.read_text() == text and "log.old.csv" in capsys.readouterr().err
+    assert not aside.exists() or aside.read_text() == text and aside.name in capsys.readouterr().err
 
 def test_a_clock_that_stands_still_or_is_set_back_is_no_trouble(here, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: 0.0)
@@ -2905,6 +2932,17 @@ def test_times_are_drawn_as_the_docstring_says():
         low, high = (t < 1 / 16).sum() / 200, (t > 15 / 16).sum() / 200    # of 300
         expected = 8 if process.predicts == "velocity" else 300 / 16
         assert low == pytest.approx(expected, abs=1) and high == pytest.approx(expected, abs=1)
+    t = train.draw_times(lf.RectifiedFlow(), 60_000, CPU, reflow=True)
+    for i in range(8):    # the integral of cosh(4 (t - 1/2)) over an eighth, of that over all
+        share = (math.sinh((i + 1) / 2 - 2) - math.sinh(i / 2 - 2)) / (2 * math.sinh(2))
+        assert ((t >= i / 8) & (t < (i + 1) / 8)).float().mean() == pytest.approx(share, abs=0.01)
+
+def test_a_reflow_draws_its_times_where_few_steps_ask(parent, monkeypatch):
+    asked, draw_times = [], train.draw_times
+    monkeypatch.setattr(train, "draw_times", lambda *a: asked.append(a[3]) or draw_times(*a))
+    train.main(parent)
+    train.main([*SMALL, "--steps", "2", "--out", "plain"])
+    assert asked == [True] * 6 + [False] * 2
 
 @pytest.mark.parametrize("arch", lf.ARCHS)
 def test_only_matrices_decay(arch):

@@ -4,7 +4,7 @@
     python train.py --variant tiny                            shapes, on a GPU such as Colab's T4
     python train.py --dataset cifar10                         CIFAR-10; README.md has more
     python train.py --dataset folder --data_dir my/pictures   your own
-    python train.py --reflow runs/my-run/ckpt.pt              once more, for fewer steps to a picture
+    python train.py --reflow runs/my-run/ckpt.pt              once more, to draw in a few steps
     torchrun --nproc_per_node=8 train.py                      eight GPUs
 
 Then `python sample.py`. Read this file from the bottom: run() sets up, train() is the loop.
@@ -59,11 +59,13 @@ FUSED = "cpu", "cuda"       # where torch has an AdamW in one piece
 COMPILE_FROM = 2000, 5      # steps, minutes: fewer would not win back what compiling takes
 PAIR_STEPS = 16             # Heun steps from the noise of a pair to its picture
 
-# What a resumed run may change: nothing that moves the weights by more than rounding, but steps
+# What a resumed run may change: nothing that moves the weights by more than rounding, but the
+# number of steps; and where things lie
 MAY_CHANGE = {"steps", "epochs", "grad_accum", "log_every", "sample_every", "save_every", "device",
               "compile", "data_dir", "taesd_dir", "out", "resume", "overwrite", "reflow"}
-# What a --reflow may do otherwise than the run that it starts from: how it learns, and not what
-RECIPE = {"minutes", "pairs", "batch_size", "lr", "weight_decay", "ema", "physics", "no_mirror", "amp"}
+# What a --reflow may change as well, beside the run that it starts from
+RECIPE = {"minutes", "pairs", "batch_size", "lr", "weight_decay", "ema", "physics", "no_mirror",
+          "amp"}
 
 # What each model was designed for, and the sampler for what a process's network predicts
 PROCESS_OF = {"patch": "flow", "unet": "flow", "mamba": "diffusion"}
@@ -420,7 +422,7 @@ def decode(source, names, chosen, size, args, device):
         return images.view(-1, 3, size, size).to(device), kept, torch.tensor(marks)
     known = getattr(source, "known", names)
     key = mark(repr([args.dataset, size, [known[i] for i in chosen]]))
-    raw = Path(args.out).parent / f"pictures-{args.dataset}-{size}-{key:+x}.bin"
+    raw = beside(args) / f"pictures-{args.dataset}-{size}-{key:+x}.bin"
     if not raw.exists():
         raw.with_suffix(".pt").unlink(missing_ok=True)
 
@@ -429,18 +431,25 @@ def decode(source, names, chosen, size, args, device):
         return {"kept": kept, "marks": torch.tensor(marks)}
 
     saved = kept_beside(raw.with_suffix(".pt"), key, "pictures", make)
+    if raw.stat().st_size != len(saved["kept"]) * 3 * size**2:
+        raise Refused(f"{raw}: cut short; remove it, and the pictures are decoded again")
     images = torch.from_file(str(raw), shared=False, size=raw.stat().st_size, dtype=torch.uint8)
     return images.view(-1, 3, size, size), saved["kept"], saved["marks"]
 
+def beside(args):
+    """The folder that runs lie in: where what they have in common is kept."""
+    out = Path(args.out)
+    return out.parent if out.name else out.resolve().parent    # a run may lie right here, in "."
+
 def kept_beside(path, key, what, make):
-    """make(), a dict: from a file beside the run, or, where there is none, made and kept there.
-    Refused if it is damaged, or has another key than that of all that make() makes it from.
+    """make(), a dict: from the file at path, or, where there is none, made and kept there. key
+    stands for all that it is made from. Refused if the file is damaged, or has another key.
     """
     if path.exists():
         with user_data():
             saved = lf.load_checkpoint(path)
-        if not isinstance(saved, dict) or saved.get("key", key) != key:
-            raise Refused(f"{path}: {what} of other pictures; remove it, and they are made again")
+        if not isinstance(saved, dict) or saved.get("key") != key:
+            raise Refused(f"{path}: other {what} than its name says; remove it, to make them again")
         say(f"{what} from {path}")
         return saved
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -563,7 +572,7 @@ def encoded(data, taesd, args, device, batch=16):
         return {"latents": latents}
 
     name = f"latents-{args.dataset}-{args.image_size}-{args.latents}-{key[:12]}.pt"
-    return kept_beside(Path(args.out).parent / name, key, "latents", make)["latents"]
+    return kept_beside(beside(args) / name, key, "latents", make)["latents"]
 
 class Latents(DataSet):
     """A data set of latents in place of pictures; every channel has mean 0, standard deviation 1.
@@ -595,49 +604,55 @@ class Latents(DataSet):
 # Reflow (liquidflow.py, end of §13): a flow is trained once more, from its averaged weights, on the
 # pairs of a noise and the picture that it leads to. They are drawn once, and kept beside the run.
 
+def pairs_file(args, key):
+    """Where the pairs with that key are kept."""
+    return beside(args) / f"pairs-{args.pairs}-{key[:12]}.pt"
+
 @torch.no_grad()
-def drawn_pairs(args, parent, precision):
-    """(pairs, key) of a run's checkpoint: {"noise", "pictures": (N, C, H, W) float16, "labels": (N,)};
-    key is of all that they are made from. Refused if it predicts no velocity, or does not fit.
+def drawn_pairs(args, parent, precision, known):
+    """(pairs, key) of a checkpoint: "noise" and "pictures" (N, C, H, W) float16 and "labels" (N,),
+    and the SHA-1 of all that they are made from. Refused if it predicts no velocity, or if that is
+    another than the known one, which may be None.
     """
-    process = lf.PROCESSES[args.process]()
+    process, config = lf.PROCESSES[args.process](), parent["config"]
     if process.predicts != "velocity":
         raise Refused(f"--reflow {args.reflow}: predicts {process.predicts}; a flow is needed")
-    made_from = f"{args.pairs} {args.seed}".encode()
-    try:
-        model = lf.create_model(**parent["config"]).to(precision.device).eval()
-        model.load_state_dict(parent["ema"])
-        for value in parent["ema"].values():
-            made_from += value.cpu().numpy().tobytes()
-        shape = model.config["in_channels"], *lf.sides(model.config["image_size"])
-        classes = model.config["num_classes"]
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise Refused(f"--reflow {args.reflow}: its contents do not fit ({error})") from None
+    made_from = f"{args.pairs} {args.seed} {PAIR_STEPS} {args.process} {precision.dtype}".encode()
+    for value in parent["ema"].values():
+        made_from += value.cpu().numpy().tobytes()
     key = hashlib.sha1(made_from).hexdigest()
+    if known not in (None, key):
+        raise Refused(f"{pairs_file(args, known)} is gone, and --reflow {args.reflow} would make "
+                      "other pairs: it has gone on since, or --amp differs")
 
     def make():
-        generator = torch.Generator().manual_seed(args.seed)
-        noise = torch.randn(args.pairs, *shape, generator=generator).half()
+        model = lf.create_model(**config).to(precision.device).eval()
+        model.load_state_dict(parent["ema"])
+        classes = config["num_classes"]
         labels = torch.arange(args.pairs) % max(1, classes)    # as many of each
-        pictures, progress = torch.empty_like(noise), Progress("drawing pairs", args.pairs)
-
-        def keep(i, x_t, x0_hat):    # the guess of the last step, an Euler step to t = 0: there the
-            keep.guess = x0_hat      # slope itself is that of noise which nobody can see any more
-
+        shape = args.pairs, config["in_channels"], *lf.sides(config["image_size"])
+        noise, pictures = (torch.empty(shape, dtype=torch.float16) for _ in range(2))
+        say(f"drawing {args.pairs} pairs, {2 * noise.nbytes / 2**20:.0f} MiB")
+        progress = Progress("drawing pairs", args.pairs)
+        # Other noises than sample.py's, or it would ask for what was learnt by heart
+        generator = torch.Generator().manual_seed(
+            int(np.random.SeedSequence([args.seed, 0, 1]).generate_state(1)[0]))
         for part in torch.arange(args.pairs).split(64):
-            y = labels[part].to(precision.device) if classes else None
-            start = noise[part].float().to(precision.device)
+            noise[part] = torch.randn(len(part), *shape[1:], generator=generator).half()
+            y, guesses = labels[part].to(precision.device) if classes else None, []
             with precision.autocast():
-                lf.heun_sample(model, process, start, PAIR_STEPS, y, callback=keep)
-            pictures[part] = keep.guess.half().cpu()
+                lf.heun_sample(model, process, noise[part].float().to(precision.device), PAIR_STEPS,
+                               y, callback=lambda i, x_t, x0_hat, all=guesses: all.append(x0_hat))
+            # The guess of the last step, which is an Euler step to t = 0. Heun's also takes the
+            # slope there, where no noise is left to tell it from, and puts some into the picture
+            pictures[part] = guesses[-1].half().cpu()
             progress(part[-1].item() + 1)
         return {"noise": noise, "pictures": pictures, "labels": labels}
 
-    return kept_beside(Path(args.out).parent / f"pairs-{args.pairs}-{key[:12]}.pt", key, "pairs",
-                       make), key
+    return kept_beside(pairs_file(args, key), key, "pairs", make), key
 
 class Pairs(DataSet):
-    """The pictures of drawn_pairs(), with their noises; the rest is as in the run of `parent`."""
+    """The pictures of drawn_pairs(), with their noises; the rest is as in the checkpoint parent."""
 
     def __init__(self, pairs, key, parent, device):
         self.noise, self.stored, self.labels = (
@@ -660,6 +675,22 @@ class Pairs(DataSet):
 
     def noises(self, indices):
         return self.mirrored(lambda i: self.noise[moved(i, self.noise.device)].float(), indices)
+
+def load_pairs(args, state, precision):
+    """The data set of --reflow; state: see train(). A run that goes on needs its pairs and not the
+    run that drew them, which may have gone on, too. Where they are gone they are drawn again.
+    """
+    known = state and state.get("reflow")
+    if state and not known:
+        raise Refused(f"the run in {args.out} is no reflow: give another --out")
+    if known and pairs_file(args, known).exists():
+        pairs = kept_beside(pairs_file(args, known), known, "pairs", None)
+        key, source = known, state
+    else:
+        source = load_state(args.reflow)
+        check_fits(args.reflow, source)
+        pairs, key = drawn_pairs(args, source, precision, known)
+    return Pairs(pairs, key, source, precision.device)
 
 @torch.no_grad()
 def decoded(x, taesd, latents):
@@ -869,14 +900,20 @@ def steps_within(seconds, took, testing, every):
     rounds, rest = divmod(max(0, seconds), every * took + testing)
     return int(rounds * every + max(0, rest - testing) / took)
 
-def draw_times(process, count, device):
+def draw_times(process, count, device, reflow=False):
     """Which t a batch is trained at: (count,) in [0, 1].
 
     Uniform where noise is predicted. For velocity the logistic function of a normal number, as in
     Esser et al. (2024), "Scaling Rectified Flow Transformers": the middle of the path, where it is
     decided what a picture shows, gets more practice. With a deviation of 1 the ends would get too
     little: of 300 pictures one would have t < 1/16; with 1.4, eight.
+
+    For a reflow the other way round, with a density ~ cosh(4 (t - 1/2)): a walk of a few steps asks
+    at the ends. Source: Lee et al. (2024), "Improving the Training of Rectified Flows".
     """
+    if reflow:
+        u = 2 * torch.rand(count, device=device) - 1    # the inverse of the distribution function:
+        return (0.5 + torch.asinh(u * math.sinh(2)) / 4).clamp(0, 1)
     if process.predicts == "velocity":
         return torch.sigmoid(1.4 * torch.randn(count, device=device))
     return torch.rand(count, device=device)
@@ -929,8 +966,8 @@ class Log:
                         raise KeyError
                     kept = [{name: row[name] for name in names} for row in rows
                             if row["images_per_s"] and int(row["step"]) <= since]
-            except (KeyError, ValueError):    # as a spreadsheet may leave it
-                aside = path.with_suffix(".old.csv")
+            except (KeyError, ValueError, csv.Error):    # as a spreadsheet may leave it
+                aside = path.with_suffix(f".{os.urandom(2).hex()}.csv")
                 os.replace(path, aside)
                 warn(f"{path}: not as this program writes it; kept as {aside}")
         text = io.StringIO()
@@ -1115,6 +1152,38 @@ def load_state(path):
         raise Refused(f"{path}: of version {state['version']}; this one reads {CHECKPOINT_VERSION}")
     return state
 
+def check_fits(path, state):
+    """Refused if what a checkpoint, maybe a stranger's, holds does not fit together; nothing in it
+    is built, followed or printed before.
+    """
+    try:
+        config, latents, args = state["config"], state["latents"], state["args"]
+        classes, marks, pictures = state["classes"], state.get("marks"), state["pictures"]
+        if max(lf.sides(config["image_size"])) > LARGEST:
+            raise ValueError(f"pictures of more than {LARGEST} pixels a side")
+        if sum((config.get("depth", 0), *config.get("blocks", ()))) > len(state["ema"]):
+            raise ValueError("more blocks than weights")    # a million would take hours to build
+        with torch.device("meta"):    # which takes no memory: is it as large as it says?
+            empty = lf.create_model(**config).state_dict()
+        for weights in state["ema"], state["model"]:
+            if {k: v.shape for k, v in empty.items()} != {k: v.shape for k, v in weights.items()}:
+                raise ValueError("its weights are not those of its config")
+        known = [type(args) is dict and args["dataset"] in DATASETS,
+                 state["process"] in lf.PROCESSES,
+                 all(isinstance(args.get(name), str | None) for name in ("data_dir", "taesd_dir")),
+                 all(isinstance(args.get(name), int | None) for name in ("max_images", "seed")),
+                 type(state["step"]) is type(pictures) is int and pictures > 0,
+                 type(classes) in (list, tuple) and all(type(name) is str for name in classes),
+                 config["num_classes"] in (0, len(classes)),
+                 marks is None or marks.shape == (pictures, 2) and not marks.is_floating_point(),
+                 latents is None or latents["name"] in lf.TAESD_FILES and latents["limit"] > 0
+                 and latents["mean"].shape == latents["std"].shape == (config["in_channels"], 1, 1)]
+        if not all(known):
+            raise ValueError("its args, classes, counts or latents are not as train.py writes them")
+    except (KeyError, TypeError, RuntimeError, ValueError, AttributeError) as error:
+        reason = str(error).split("\n")[0]
+        raise Refused(f"{path}: its contents do not fit together ({reason})") from None
+
 def check_same_pictures(state, data):
     """Refused if a run had other pictures, by name or content, or was told of other classes."""
     if state["config"]["num_classes"] and list(state["classes"]) != list(data.classes):
@@ -1133,6 +1202,10 @@ def check_same_pictures(state, data):
     if differ or state["pictures"] != len(data):
         raise Refused(f"the run was started with {state['pictures']} pictures, and here are "
                       f"{len(data)}{differ}")
+
+# A run's arguments: run() parses what is typed. For a run that goes on, load_run() takes those in its
+# checkpoint, types each again, so that the parser checks it (as_typed), and then lets what is typed
+# now replace some. What is still open gets its default from filled_in().
 
 def as_typed(name, value):
     """The words of a command line that give an argument this value."""
@@ -1319,7 +1392,8 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
             stop.drawing = True
             loss = test()
             progress.note(f"step {step}: held-out loss {loss:.4f}")
-            grid, stop.drawing = draw(), False
+            grid = draw()
+            stop.drawing = False
             name.parent.mkdir(exist_ok=True)
             lf.write_whole(name, lambda file: grid.save(file, "PNG"))
         except KeyboardInterrupt:    # the wish to stop is granted after the next step
@@ -1335,7 +1409,7 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        all_t = draw_times(process, args.batch_size, device)                  # (batch,)
+        all_t = draw_times(process, args.batch_size, device, bool(args.reflow))    # (batch,)
         all_noise = torch.randn(args.batch_size, *shape, device=device)       # (batch, C, H, W)
         hidden = torch.rand(args.batch_size, device=device) < LABEL_DROPOUT if classes else None
         optimizer.zero_grad()
@@ -1390,7 +1464,7 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
             total, seen, signals = summed([log.total, precision.numbers(), signals])
             precision.check(done, seen)
             means, stopping = log.means(total), signals != [0]
-            if done == 1:
+            if done == 1 and not args.reflow:
                 say(f"first loss {means['loss']:.3f}; a new model answers 0, which costs about "
                     f"{target().square().mean():.3f}, the mean square of what it should answer")
             if done - first == 1:    # the first step is slower
@@ -1474,7 +1548,7 @@ def make_parser():
              f"has all); scan is one of {', '.join(lf.SCANS)}, mixer of {', '.join(lf.MIXERS)}, "
              "alpha liquid or constant")
     add("--reflow", metavar="CKPT", help="train its flow once more, on pairs that it draws")
-    add("--pairs", type=number(int, 2), default=8192, help="how many, for --reflow")
+    add("--pairs", type=number(int, 2), help="how many, for --reflow; 8192 if not given")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="same seed: same run")
     add("--out", help="folder of the run; runs/<arch>-<variant>-<dataset> if not given")
     old = parser.add_mutually_exclusive_group()
@@ -1508,6 +1582,9 @@ def filled_in(args):
         raise Refused(f"--image_size {args.image_size}: latents need a multiple of 8")
     if args.latents == "off" and args.taesd_dir:
         raise Refused("--taesd_dir is for --latents, which are off")
+    if args.pairs and not args.reflow:
+        raise Refused("--pairs is for --reflow")
+    args.pairs = args.pairs or (8192 if args.reflow else None)
     if args.dataset == "shapes" and args.data_dir:
         raise Refused(f"--data_dir {args.data_dir}: read by --dataset folder, and not by shapes")
     return args
@@ -1518,16 +1595,22 @@ def run(argv):
     args.out = args.out or (f"{Path(args.reflow).resolve().parent}-reflow" if args.reflow else
                             f"runs/{args.arch}-{args.variant}-{args.dataset}")
     out = Path(args.out)
+    if args.reflow and Path(args.reflow).resolve() == (out / "ckpt.pt").resolve():
+        raise Refused(f"--out {out} holds the run that --reflow starts from: give another")
     with contextlib.nullcontext() if RANK else owned(out):
         if args.resume and (out / "ckpt.pt").exists():
-            set_up_and_train(*load_run(out / "ckpt.pt", argv))
-        else:
-            if args.resume and not RANK:
-                say(f"{out}: nothing was saved yet; starting from the beginning")
-            if args.reflow:    # all that is not typed is as in the run that it starts from
-                typed, (args, _) = args, load_run(Path(args.reflow), argv, MAY_CHANGE | RECIPE)
-                args.out, args.minutes = typed.out, typed.minutes
-            set_up_and_train(filled_in(args))
+            args, state = load_run(out / "ckpt.pt", argv)
+            check_fits(out / "ckpt.pt", state)
+            return set_up_and_train(args, state)
+        if args.resume and not RANK:
+            say(f"{out}: nothing was saved yet; starting from the beginning")
+        if args.reflow:    # all that is not typed is as in the run that it starts from
+            typed = args
+            args, _ = load_run(Path(args.reflow), argv, MAY_CHANGE | RECIPE)
+            # But its length by --minutes is not, and a folder in a stranger's file is not followed
+            args.out, args.minutes, args.taesd_dir = typed.out, typed.minutes, typed.taesd_dir
+            args.steps = None if typed.minutes else args.steps
+        set_up_and_train(filled_in(args))
 
 def set_up_and_train(args, state=None):
     """Sets up what the arguments ask for, says what it is, and trains it; state: see train()."""
@@ -1567,8 +1650,7 @@ def set_up_and_train(args, state=None):
         eighth = f"; latents have an eighth of --image_size {args.image_size}" if taesd else ""
         raise Refused(f"{error}{eighth}") from None
     if args.reflow:
-        parent = load_state(args.reflow)
-        data = Pairs(*first_come_first(lambda: drawn_pairs(args, parent, precision)), parent, device)
+        data = first_come_first(lambda: load_pairs(args, state, precision))
     else:
         data = first_come_first(lambda: DATASETS[args.dataset](args, device))
     if len(data) < 2:
@@ -1580,15 +1662,12 @@ def set_up_and_train(args, state=None):
         latents = first_come_first(lambda: encoded(data, taesd, args, device))
         data = Latents(latents, data, args.latents, device)
     model = make_model(num_classes=len(data.classes) if args.labels else 0).to(device)
-    if args.reflow:
-        model.load_state_dict(parent["ema"])
+    if args.reflow and not state:
+        model.load_state_dict(data.parent["ema"])
     training = len(data.training)
     if args.epochs:
         args.steps = math.ceil(args.epochs * training / args.batch_size)
     if state:
-        if state.get("reflow") != data.reflow:
-            raise Refused(f"the run in {out} was started with other pairs than --reflow "
-                          f"{args.reflow} makes")
         if not args.reflow:
             check_same_pictures(state, data)
         was, now = state["latents"], data.latents
@@ -1602,7 +1681,8 @@ def set_up_and_train(args, state=None):
     cells = math.prod(getattr(model, "grid", ()))    # 1 where there is none
     length = f"{args.steps} steps" if args.steps else f"{args.minutes:g} minutes of steps"
     say(f"{args.arch} {args.variant}: {sum(p.numel() for p in model.parameters()):,} parameters; "
-        f"{training:,} {'pairs' if args.reflow else 'pictures'} of {args.image_size}x{args.image_size}"
+        f"{training:,} {'pairs' if args.reflow else 'pictures'} of "
+        f"{args.image_size}x{args.image_size}"
         f"{f' as {cells} tokens' if cells > 1 else ''}, {len(data) - training} held out; {length} "
         f"of {args.batch_size} on {device}{f' and {WORLD - 1} more' if WORLD > 1 else ''}; {how}")
     deadline = start + 60 * args.minutes if args.minutes else None
@@ -1614,8 +1694,8 @@ def set_up_and_train(args, state=None):
     seconds = max(1e-9, time.monotonic() - start)
     steps = args.steps - (state["step"] if state else 0)
     say(f"trained in {duration(seconds)}, tests and all: {steps * args.batch_size / seconds:.0f} "
-        f"images/s, {1000 * seconds / steps:.0f} s for 1,000 steps, at most {peak_memory(device)} of "
-        f"memory\n{out / 'ckpt.pt'}; next: python sample.py --ckpt "
+        f"images/s, {1000 * seconds / steps:.0f} s for 1,000 steps, at most {peak_memory(device)} "
+        f"of memory\n{out / 'ckpt.pt'}; next: python sample.py --ckpt "
         f"{shlex.quote(str(out / 'ckpt.pt'))}")
 
 def guarded(program, argv, smaller):
