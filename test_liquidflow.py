@@ -2044,10 +2044,10 @@ def test_latents_of_other_pictures_are_not_taken_for_these(photographs, here, ca
     out = capsys.readouterr().out
     assert "encoding" in out and "5 pictures" in out and "4 held out" in out
     state = lf.load_checkpoint("five/ckpt.pt")
-    for mean in state["latents"]["mean"] + 0.1, torch.zeros(16, 1, 1):
-        lf.save_checkpoint("five/ckpt.pt", {**state, "latents": {"mean": mean}})
+    for mean, word in (state["latents"]["mean"] + 0.1, "other latents"), (torch.zeros(16, 1, 1), "do not fit"):
+        lf.save_checkpoint("five/ckpt.pt", {**state, "latents": {**state["latents"], "mean": mean}})
         refused(train.main, latent_run("five", "--image_size", 96, "--max_images", 9, "--resume",
-                                       "--steps", 3), capsys, "other latents")
+                                       "--steps", 3), capsys, word)
     refused(train.main, latent_run("six", "--image_size", 72, "--latents", "--arch", "patch"),
             capsys, "size 9", "an eighth of --image_size 72")
 
@@ -2526,7 +2526,8 @@ def test_a_reflow_of_latents_keeps_them_as_they_are(photographs, here, losses_as
     small_taesd(here / "weights")
     train.main([*latent_run("parent", "--process", "flow")])
     losses_asked.clear()
-    train.main(["--reflow", "parent/ckpt.pt", "--pairs", "40", "--steps", "6", "--out", "run"])
+    train.main(["--reflow", "parent/ckpt.pt", "--pairs", "40", "--steps", "6", "--out", "run",
+                "--taesd_dir", "weights"])    # again, as a checkpoint may be a stranger's
     pictures = pairs_of()["pictures"].float()
     assert pictures.shape == (40, 4, 8, 8)
     for x0, _, _ in losses_asked:    # never mirrored
@@ -2550,6 +2551,11 @@ def test_a_reflow_that_was_stopped_ends_in_the_same_bits(parent, after_step, cap
     sample.main(["--ckpt", "run/ckpt.pt", "--evaluate", "8"])    # beside the parent's pictures
     assert "8 samples beside 8 held-out pictures" in capsys.readouterr().out
     train.main(["--out", "run", "--resume", "--steps", "7"])    # it remembers what it is
+    refused(train.main, ["--out", "run", "--resume", "--steps", "8", "--pairs", "41"], capsys, "another --pairs")
+    state = lf.load_checkpoint("run/ckpt.pt")
+    for gone in "model", "optimizer", "scaler", "updates", "random":
+        lf.save_checkpoint("run/ckpt.pt", {name: value for name, value in state.items() if name != gone})
+        refused(train.main, ["--out", "run", "--resume", "--steps", "8"], capsys, "run/ckpt.pt", f"lacks {gone}")
 
 def test_a_reflow_that_cannot_be_is_refused_in_one_line(parent, here, capsys):
     def no(*words, **changed):
@@ -2565,11 +2571,11 @@ def test_a_reflow_that_cannot_be_is_refused_in_one_line(parent, here, capsys):
     state = lf.load_checkpoint("parent/ckpt.pt")
     lf.save_checkpoint("other.pt", {**state, "ema": dict(list(state["ema"].items())[1:])})
     no("other.pt", "do not fit", reflow="other.pt")
-    for gone in "classes", "pictures", "latents", "config", "model":
+    for gone in "classes", "pictures", "latents", "config":
         lf.save_checkpoint("other.pt", {name: value for name, value in state.items() if name != gone})
         no("other.pt", "do not fit", reflow="other.pt")
     no("holds the run that --reflow starts from", out="parent", overwrite=True)
-    refused(train.main, [*SMALL, "--pairs", "9", "--out", "run"], capsys, "--pairs is for --reflow")
+    refused(train.main, [*SMALL, "--pairs", "9", "--out", "run"], capsys, "--pairs 9 is for --reflow")
     train.main([*smallest("mamba", steps=1), "--out", "noise"])
     no("noise/ckpt.pt", "predicts noise", reflow="noise/ckpt.pt")
     assert not Path("run").exists()
@@ -2863,11 +2869,11 @@ def test_what_is_typed_when_a_run_goes_on_is_applied_or_refused_by_name(here):
             "reflow": "moved"}
     other = {"arch": "unet", "process": "diffusion", "variant": "tiny", "dataset": "cifar10", "max_images": 9,
              "image_size": 24, "latents": "taef1", "minutes": 3.0, "batch_size": 2, "lr": 0.5, "weight_decay": 0.5,
-             "ema": 0.5, "physics": "tv=9", "override": "depth=1", "seed": 3, "amp": "off", "pairs": 9}
+             "ema": 0.5, "physics": "tv=9", "override": "depth=1", "seed": 3, "amp": "off"}
     flags = {"labels", "no_mirror"}
     # A reflow learns as it likes, but the same: what is learnt is its parent's
     assert {"minutes", "pairs", "batch_size", "lr", "weight_decay", "ema", "physics", "no_mirror", "amp"} == train.RECIPE
-    names = {action.dest for action in train.make_parser()._actions} - {"help", "resume", "overwrite"}
+    names = {action.dest for action in train.make_parser()._actions} - {"help", "resume", "overwrite", "pairs"}
     assert names == {*free, *other, *flags}    # every option is in one of them
     was = vars(arguments_of([*smallest(dataset="folder", data_dir="here", taesd_dir="here", latents="taesd"),
                                       "--steps=9", "--out=run"]))

@@ -57,7 +57,7 @@ LATENTS_FROM = 64           # pixels; smaller pictures have latents of less than
 IN_MEMORY = 2 * 2**30       # bytes of pictures; a larger set is kept in a file beside the run
 FUSED = "cpu", "cuda"       # where torch has an AdamW in one piece
 COMPILE_FROM = 2000, 5      # steps, minutes: fewer would not win back what compiling takes
-PAIR_STEPS = 16             # Heun steps from the noise of a pair to its picture
+PAIRS, PAIR_STEPS = 8192, 16    # of --reflow; Heun steps from the noise of a pair to its picture
 
 # What a resumed run may change: nothing that moves the weights by more than rounding, but the
 # number of steps; and where things lie
@@ -626,7 +626,8 @@ def drawn_pairs(args, parent, precision, known):
                       "other pairs: it has gone on since, or --amp differs")
 
     def make():
-        model = lf.create_model(**config).to(precision.device).eval()
+        with torch.random.fork_rng(devices=[]):    # pairs found or made: the run draws the same
+            model = lf.create_model(**config).to(precision.device).eval()
         model.load_state_dict(parent["ema"])
         classes = config["num_classes"]
         labels = torch.arange(args.pairs) % max(1, classes)    # as many of each
@@ -639,10 +640,11 @@ def drawn_pairs(args, parent, precision, known):
             int(np.random.SeedSequence([args.seed, 0, 1]).generate_state(1)[0]))
         for part in torch.arange(args.pairs).split(64):
             noise[part] = torch.randn(len(part), *shape[1:], generator=generator).half()
-            y, guesses = labels[part].to(precision.device) if classes else None, []
+            start, guesses = noise[part].float().to(precision.device), []
+            y = labels[part].to(precision.device) if classes else None
             with precision.autocast():
-                lf.heun_sample(model, process, noise[part].float().to(precision.device), PAIR_STEPS,
-                               y, callback=lambda i, x_t, x0_hat, all=guesses: all.append(x0_hat))
+                lf.heun_sample(model, process, start, PAIR_STEPS, y,
+                               callback=lambda i, x_t, x0_hat, seen=guesses: seen.append(x0_hat))
             # The guess of the last step, which is an Euler step to t = 0. Heun's also takes the
             # slope there, where no noise is left to tell it from, and puts some into the picture
             pictures[part] = guesses[-1].half().cpu()
@@ -674,6 +676,7 @@ class Pairs(DataSet):
         return self.stored[moved(indices, self.stored.device)].float()
 
     def noises(self, indices):
+        """(B,) -> (B, C, H, W): the noise of each picture, mirrored as that is."""
         return self.mirrored(lambda i: self.noise[moved(i, self.noise.device)].float(), indices)
 
 def load_pairs(args, state, precision):
@@ -1165,7 +1168,7 @@ def check_fits(path, state):
             raise ValueError("more blocks than weights")    # a million would take hours to build
         with torch.device("meta"):    # which takes no memory: is it as large as it says?
             empty = lf.create_model(**config).state_dict()
-        for weights in state["ema"], state["model"]:
+        for weights in state["ema"], state.get("model", state["ema"]):
             if {k: v.shape for k, v in empty.items()} != {k: v.shape for k, v in weights.items()}:
                 raise ValueError("its weights are not those of its config")
         known = [type(args) is dict and args["dataset"] in DATASETS,
@@ -1548,7 +1551,7 @@ def make_parser():
              f"has all); scan is one of {', '.join(lf.SCANS)}, mixer of {', '.join(lf.MIXERS)}, "
              "alpha liquid or constant")
     add("--reflow", metavar="CKPT", help="train its flow once more, on pairs that it draws")
-    add("--pairs", type=number(int, 2), help="how many, for --reflow; 8192 if not given")
+    add("--pairs", type=number(int, 2), default=PAIRS, help="how many, for --reflow")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="same seed: same run")
     add("--out", help="folder of the run; runs/<arch>-<variant>-<dataset> if not given")
     old = parser.add_mutually_exclusive_group()
@@ -1582,9 +1585,8 @@ def filled_in(args):
         raise Refused(f"--image_size {args.image_size}: latents need a multiple of 8")
     if args.latents == "off" and args.taesd_dir:
         raise Refused("--taesd_dir is for --latents, which are off")
-    if args.pairs and not args.reflow:
-        raise Refused("--pairs is for --reflow")
-    args.pairs = args.pairs or (8192 if args.reflow else None)
+    if args.pairs != PAIRS and not args.reflow:
+        raise Refused(f"--pairs {args.pairs} is for --reflow")
     if args.dataset == "shapes" and args.data_dir:
         raise Refused(f"--data_dir {args.data_dir}: read by --dataset folder, and not by shapes")
     return args
@@ -1601,6 +1603,8 @@ def run(argv):
         if args.resume and (out / "ckpt.pt").exists():
             args, state = load_run(out / "ckpt.pt", argv)
             check_fits(out / "ckpt.pt", state)
+            if lacks := {"model", "optimizer", "scaler", "updates", "random"} - state.keys():
+                raise Refused(f"{out / 'ckpt.pt'} lacks {', '.join(sorted(lacks))}: no run to go on")
             return set_up_and_train(args, state)
         if args.resume and not RANK:
             say(f"{out}: nothing was saved yet; starting from the beginning")
