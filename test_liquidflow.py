@@ -2521,6 +2521,11 @@ def test_a_reflow_starts_from_the_averaged_weights(parent):
     assert all(torch.allclose(after["ema"][k], v, atol=1e-9) for k, v in before["ema"].items())
     assert after["args"]["batch_size"] == 4 and after["args"]["lr"] == 1e-12    # of the parent, and typed
     assert after["config"] == before["config"] and after["classes"] == before["classes"]
+    train.main(parent[:-2])    # beside it, if no folder is given
+    assert Path("parent-reflow/ckpt.pt").exists()
+    os.chdir("parent")
+    train.main(["--reflow", "ckpt.pt", "--pairs", "41", "--steps", "1", "--overwrite"])
+    assert lf.load_checkpoint("../parent-reflow/ckpt.pt")["step"] == 1 and list(Path("..").glob("pairs-41-*.pt"))
 
 def test_a_reflow_of_latents_keeps_them_as_they_are(photographs, here, losses_asked):
     small_taesd(here / "weights")

@@ -1594,8 +1594,10 @@ def filled_in(args):
 def run(argv):
     """Trains what the command line asks for, in a folder that is nobody else's for as long."""
     args = make_parser().parse_args(argv)
-    args.out = args.out or (f"{Path(args.reflow).resolve().parent}-reflow" if args.reflow else
-                            f"runs/{args.arch}-{args.variant}-{args.dataset}")
+    if args.reflow and not args.out:
+        source = Path(args.reflow).parent
+        args.out = f"{source if source.name else source.resolve()}-reflow"    # beside, even of "."
+    args.out = args.out or f"runs/{args.arch}-{args.variant}-{args.dataset}"
     out = Path(args.out)
     if args.reflow and Path(args.reflow).resolve() == (out / "ckpt.pt").resolve():
         raise Refused(f"--out {out} holds the run that --reflow starts from: give another")
