@@ -726,7 +726,7 @@ class LiquidUNet(nn.Module):
         skips = []
         for stage, down in zip(self.encoder, self.down):              # all but the coarsest
             for block in stage:
-                x = block(x, c)                                       # (B, channels[i], ...)
+                x = block(x, c)                   # (B, the stage's channels, ever smaller sides)
             skips.append(x)
             x = down(x)
         for block in (*self.encoder[-1], *self.bottom, *self.decoder[-1]):

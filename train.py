@@ -441,6 +441,11 @@ def beside(args):
     out = Path(args.out)
     return out.parent if out.name else out.resolve().parent    # a run may lie right here, in "."
 
+def key_of(text, weights):
+    """The SHA-1 of a text and of weights, a state_dict: the key of what is made from both."""
+    numbers = b"".join(value.cpu().numpy().tobytes() for value in weights.values())
+    return hashlib.sha1(text.encode() + numbers).hexdigest()
+
 def kept_beside(path, key, what, make):
     """make(), a dict: from the file at path, or, where there is none, made and kept there. key
     stands for all that it is made from. Refused if the file is damaged, or has another key.
@@ -556,10 +561,7 @@ def encoded(data, taesd, args, device, batch=16):
     """
     pictures = (f"{args.dataset} {args.seed} {len(data)}" if data.marks is None
                 else data.marks.tolist())
-    made_from = f"{args.image_size} {pictures}".encode()
-    for value in taesd.encoder.state_dict().values():
-        made_from += value.cpu().numpy().tobytes()
-    key = hashlib.sha1(made_from).hexdigest()
+    key = key_of(f"{args.image_size} {pictures}", taesd.encoder.state_dict())
 
     def make():
         count, side = 2 * len(data), args.image_size // 8
@@ -617,10 +619,8 @@ def drawn_pairs(args, parent, precision, known):
     process, config = lf.PROCESSES[args.process](), parent["config"]
     if process.predicts != "velocity":
         raise Refused(f"--reflow {args.reflow}: predicts {process.predicts}; a flow is needed")
-    made_from = f"{args.pairs} {args.seed} {PAIR_STEPS} {args.process} {precision.dtype}".encode()
-    for value in parent["ema"].values():
-        made_from += value.cpu().numpy().tobytes()
-    key = hashlib.sha1(made_from).hexdigest()
+    key = key_of(f"{args.pairs} {args.seed} {PAIR_STEPS} {args.process} {precision.dtype}",
+                 parent["ema"])
     if known not in (None, key):
         raise Refused(f"{pairs_file(args, known)} is gone, and --reflow {args.reflow} would make "
                       "other pairs: it has gone on since, or --amp differs")
@@ -1206,9 +1206,9 @@ def check_same_pictures(state, data):
         raise Refused(f"the run was started with {state['pictures']} pictures, and here are "
                       f"{len(data)}{differ}")
 
-# A run's arguments: run() parses what is typed. For a run that goes on, load_run() takes those in its
-# checkpoint, types each again, so that the parser checks it (as_typed), and then lets what is typed
-# now replace some. What is still open gets its default from filled_in().
+# A run's arguments: run() parses what is typed. For a run that goes on, load_run() takes those in
+# its checkpoint, types each again, so that the parser checks it (as_typed), and then lets what is
+# typed now replace some. What is still open gets its default from filled_in().
 
 def as_typed(name, value):
     """The words of a command line that give an argument this value."""
@@ -1605,8 +1605,9 @@ def run(argv):
         if args.resume and (out / "ckpt.pt").exists():
             args, state = load_run(out / "ckpt.pt", argv)
             check_fits(out / "ckpt.pt", state)
-            if lacks := {"model", "optimizer", "scaler", "updates", "random"} - state.keys():
-                raise Refused(f"{out / 'ckpt.pt'} lacks {', '.join(sorted(lacks))}: no run to go on")
+            if lacks := [name for name in ("model", "optimizer", "scaler", "updates", "random")
+                         if name not in state]:
+                raise Refused(f"{out / 'ckpt.pt'} lacks {', '.join(lacks)}: it cannot go on")
             return set_up_and_train(args, state)
         if args.resume and not RANK:
             say(f"{out}: nothing was saved yet; starting from the beginning")
@@ -1669,6 +1670,8 @@ def set_up_and_train(args, state=None):
         data = Latents(latents, data, args.latents, device)
     model = make_model(num_classes=len(data.classes) if args.labels else 0).to(device)
     if args.reflow and not state:
+        if model.config != data.parent["config"]:
+            raise Refused(f"--reflow {args.reflow}: its args are not those of its model")
         model.load_state_dict(data.parent["ema"])
     training = len(data.training)
     if args.epochs:
