@@ -258,6 +258,7 @@ class CfCCell(nn.Module):
 #
 #     gate = sigmoid(-(f * ts + b(c))),    cfc = gate * g + (1 - gate) * h    step 3, but b from c
 #     out  = alpha * x + (1 - alpha) * cfc,    alpha = exp(-lambda * ts)      step 2, from x to cfc
+#
 # In words: a gated convolution, and alpha, the share of x that is kept (not the alpha of §11). Both
 # may follow the noise level: the noisier a picture is, the less a feature says by itself, and the
 # more its surroundings do. ts and the rate lambda > 0 are learned for each channel, within a factor
@@ -1334,7 +1335,6 @@ def straightness(model, process, noise, steps, y=None):
 
 # ------------------------------------------------------------------------------------------------
 # §14  EMA and checkpoints
-
 class EMA:
     """An average of the weights over many steps: calmer than the latest; samples come from it.
 

@@ -597,7 +597,8 @@ def run(argv):
                                 "folder that exists")
     if args.gates and Path(args.gates).resolve() == Path(args.out).resolve():
         raise train.Refused(f"--gates {args.gates}: is where --out goes; give it another name")
-    device = train.pick_device("cpu" if args.export else args.device)    # files name it
+    # What is exported is traced on the CPU: the file would remember a GPU
+    device = train.pick_device("cpu" if args.export else args.device)
     if args.reconstruct:
         return reconstruct(args, device)
     path = args.ckpt or newest_checkpoint()
