@@ -203,7 +203,7 @@ def variation(pictures):
 # time, since both sets together are gigabytes: 512 pictures of 512 px take 1.6
 DISTANCES = {
     "spectrum (dB)": (lambda p, q: (spectrum(p) - spectrum(q)).abs().mean().item(),
-                      "how strong waves of each length are"),
+                      "how strong waves of each length are, in decibels"),
     "colours": (lambda p, q: sum(wasserstein(p[:, i].reshape(-1, 1), q[:, i].reshape(-1, 1))
                                  for i in range(3)) / 3,
                 "how often there is each shade of red, green, blue"),
@@ -212,11 +212,13 @@ DISTANCES = {
     "pixels, sliced": (lambda p, q: sliced(p.flatten(1), q.flatten(1)),
                        "where in a picture it is light or dark"),
     "features, sliced": (lambda p, q: sliced(random_features(p), random_features(q)),
-                         "edges and textures, by random filters"),
+                         "edges and textures, by random filters (in a unit of its own)"),
 }
+DRAWS = 8    # sets of real pictures that are compared, to see how much that varies
 
 def nearest(pictures, data, indices):
-    """How far pictures (n, 3, H, W) are from the nearest of data[indices]: (n,), root mean square.
+    """How far pictures (n, 3, H, W) are from the nearest of data[indices], mirrored or not: (n,),
+    root mean square.
 
     A batch of the data at a time. |x - y|^2 = |x|^2 + |y|^2 - 2 xy finds the nearest by a matrix
     product; as a difference of large numbers it is not exact, so the distance is computed anew.
@@ -226,11 +228,13 @@ def nearest(pictures, data, indices):
     best, which = x.new_full((len(x),), math.inf), torch.zeros(len(x), dtype=torch.long)
     progress, done = train.Progress("comparing", len(indices)), 0
     for part in order:
-        y = data[part].flatten(1)                                                    # (B, d)
-        values, places = (y.square().sum(1) - 2 * (x @ y.T)).min(1)                  # (n,) each
-        closer = values < best
-        best = torch.where(closer, values, best)
-        which = torch.where(closer.cpu(), part[places.cpu()], which)
+        upright = data[part]
+        for y, index in (upright, part), (upright.flip(3), part + len(data)):
+            y = y.flatten(1)                                                         # (B, d)
+            values, places = (y.square().sum(1) - 2 * (x @ y.T)).min(1)              # (n,) each
+            closer = values < best
+            best = torch.where(closer, values, best)
+            which = torch.where(closer.cpu(), index[places.cpu()], which)
         done += len(part)
         progress(done)
     return torch.cat([(some - data[i].flatten(1)).square().mean(1).sqrt()
@@ -257,28 +261,62 @@ def data_of(path, state, args, device):
     train.check_same_pictures(state, data)
     return data
 
-def evaluate(samples, data, device):
-    """Prints how far samples (n, 3, H, W) are from n held-out pictures, and what real ones are."""
-    n = len(samples)
+def draws_of_real(data, n, told):
+    """(n held-out indices, [n training indices, ...], whether they have the same classes): up to
+    DRAWS draws. Where a model was told labels each draw has as many of a class as the held-out
+    pictures, on which its samples are modelled, if there are so many.
+    """
+    held_out, training = data.held_out[:n], data.training
+    kind = data.labels.cpu() if told else torch.zeros(len(data), dtype=torch.long)
+    pools = [(training[kind[training] == k], (kind[held_out] == k).sum().item())
+             for k in kind[held_out].unique()]
+    # Fewer of large pictures, which take minutes to sort
+    most = min(DRAWS, max(2, 2**26 // (n * data[held_out[:1]][0].numel())))
+    draws = min([most] + [len(pool) // count for pool, count in pools])
+    if not draws:
+        return *draws_of_real(data, n, False)[:2], False
+    return held_out, [torch.cat([pool[i * count:(i + 1) * count] for pool, count in pools])
+                      for i in range(draws)], True
+
+def evaluate(samples, data, device, told=False, coded=None):
+    """Prints how far samples (n, 3, H, W) are from n held-out pictures, and how far as many real
+    ones are. told: the model was told labels. coded: what its autoencoder makes of pictures, for a
+    model of latents: what is lost before that begins.
+    """
+    held_out, draws, alike = draws_of_real(data, len(samples), told)
 
     def pictures(indices):
-        return torch.cat([data[part] for part in indices[:n].split(64)]).cpu()
+        return torch.cat([data[part].cpu() for part in indices.split(64)])
 
-    # As these are large there is one copy of each, which is changed in place
-    both = torch.cat([samples.clamp(-1, 1), pictures(data.held_out)])            # (2 n, 3, H, W)
-    near = nearest(both.to(device), data, data.training).view(2, n) * 127.5
-    other = pictures(data.training)    # in a random order, as the held-out ones
-    for some in both, other:
-        some.add_(1).mul_(127.5)
-    samples, real = both.split(n)
-    rows = [(name, *(distance(some, real) for some in (samples, other)), sees)
-            for name, (distance, sees) in DISTANCES.items()]
-    rows.append(("nearest training", *near.median(1).values.tolist(),
-                 "copies, where far below that of real pictures"))
-    train.say(f"{n} samples beside {n} held-out pictures; real: real pictures in their place\n"
-              f"{'in shades of 255':<18}{'samples':>9}{'real':>9}   what it sees")
-    for name, ours, theirs, sees in rows:
-        train.say(f"{name:<18}{ours:9.2f}{theirs:9.2f}   {sees}")
+    def distances(some):
+        """From the held-out ones; some becomes shades, in place, as it is large."""
+        some.clamp_(-1, 1).add_(1).mul_(127.5)
+        return [distance(some, real) for distance, _ in DISTANCES.values()]
+
+    both = torch.cat([samples.clamp(-1, 1), pictures(held_out)])                 # (2 n, 3, H, W)
+    near = nearest(both.to(device), data, data.training).view(2, -1) * 127.5
+    real = both[len(samples):].add_(1).mul_(127.5)
+    columns = {"samples": distances(both[:len(samples)])}
+    if coded:
+        columns["coded"] = distances(coded(pictures(draws[0])))
+    others = torch.tensor([distances(pictures(draw)) for draw in draws])          # (draws, rows)
+    columns["real"] = others.mean(0).tolist()
+    drawn, spread = "one draw", [""] * len(DISTANCES)
+    if len(draws) > 1:
+        drawn = f"mean and deviation of {len(draws)} draws"
+        spread = [f"± {deviation:.2f}" for deviation in others.std(0).tolist()]
+    train.say(f"{len(real)} samples beside {len(real)} held-out pictures; real: as many training "
+              f"pictures, {drawn}{'' if alike else ', of other classes'}\n{'in shades of 255':<18}"
+              f"{''.join(f'{name:>9}' for name in columns)}{'':12}what it sees")
+    for (name, (_, sees)), values, deviation in zip(
+            DISTANCES.items(), zip(*columns.values()), spread, strict=True):
+        train.say(f"{name:<18}{''.join(f'{v:9.2f}' for v in values)} {deviation:<8}   {sees}")
+    gap = " " * 9 if coded else ""
+    for name, share, sees in (
+            ("nearest training", 0.5, "copies, mirrored or not, if far below real held-out pictures"),
+            ("nearest, 1 in 20", 0.05, "the same, if only few are copies")):
+        ours, theirs = near.quantile(share, 1).tolist()
+        train.say(f"{name:<18}{ours:9.2f}{gap}{theirs:9.2f}{'':12}{sees}")
 
 # ------------------------------------------------------------------------------------------------
 # What the gates do
@@ -676,7 +714,9 @@ def run(argv):
         lf.write_whole(args.gates, lambda file: page.save(file, "PNG"))
         train.say(f"{args.gates}: the gates of {len(gates.layers)} liquid layers")
     if args.evaluate:
-        evaluate(pictures, data, device)
+        evaluate(pictures, data, device, bool(classes), taesd and (
+            lambda x: torch.cat([taesd.decode(taesd.encode(part.to(device))).cpu()
+                                 for part in x.split(8)])))
 
 def main(argv=None):
     """Runs the command line."""

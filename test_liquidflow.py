@@ -1350,6 +1350,15 @@ def test_ema_is_its_formula(seed, decay, updates):
     assert torch.equal(ema.model.running_mean, model.running_mean)
     assert not ema.model.training and not ema.model.weight.requires_grad
 
+@pytest.mark.parametrize("steps", [100, 20_000])
+def test_the_averages_of_a_run_remember_a_tenth_of_it(steps):
+    model = nn.Linear(1, 1, bias=False).double()
+    ema = lf.EMA(model, train.make_parser().parse_args([]).ema)
+    for step in range(1, steps + 1):
+        nn.init.constant_(model.weight, step)
+        ema.update(model)
+    assert ema.model.weight.item() == pytest.approx(0.9 * steps, rel=1e-9)    # step k weighs (k/n)^8, nearly
+
 STATE = {"step": 3, "lr": 0.5, "name": "x", "list": [1, None, (2, True)],
          "weights": {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.float16)}}
 
@@ -1997,9 +2006,10 @@ def test_latents_are_normalised_and_decoded_back(seed):
     data = train.Latents(raw.half(), pictures, "taesd", CPU)
     x = data[torch.arange(20)]
     assert len(data) == 10 and data.labels.tolist() == pictures.labels.tolist()
-    assert_close(x.mean((0, 2, 3)), torch.zeros(4), atol=1e-5, rtol=0)
-    assert_close(x.std((0, 2, 3)), torch.ones(4))
-    assert data.latents["limit"] == pytest.approx(x.abs().max().item())
+    seen = x[torch.cat([data.training, data.training + 10])]    # what is held out stays unknown
+    assert_close(seen.mean((0, 2, 3)), torch.zeros(4), atol=1e-5, rtol=0)
+    assert_close(seen.std((0, 2, 3)), torch.ones(4))
+    assert data.latents["limit"] == pytest.approx(seen.abs().max().item(), rel=1e-2)    # of 240 numbers
     torch.manual_seed(0)
     taesd = lf.TAESD(4)
     assert_close(train.decoded(x, taesd, data.latents), taesd.decode(raw.half().float()), atol=1e-4, rtol=0)
@@ -2027,7 +2037,8 @@ def test_a_latent_run_encodes_once(photographs, here, capsys):
     state = lf.load_checkpoint("one/ckpt.pt")
     assert state["config"]["in_channels"] == 4 and state["config"]["image_size"] == 8
     assert state["latents"]["name"] == "taesd" and state["pictures"] == 24
-    assert_close(state["latents"]["std"].flatten(), stored.float().std((0, 2, 3)))
+    seen = stored[torch.cat([data.training, data.training + 24])].float()    # what is held out stays unknown
+    assert_close(state["latents"]["std"].flatten(), seen.std((0, 2, 3)))
     assert Image.open("one/samples/step_000002.png").size == (398, 398)
     train.main(latent_run("two"))
     out = capsys.readouterr().out
@@ -2493,7 +2504,8 @@ def test_pairs_are_noises_and_where_the_averaged_weights_lead_them(parent, capsy
     train.main([*parent, "--overwrite"])    # of another parent, others
     assert len(list(Path().glob("pairs-40-*.pt"))) == 2
 
-def test_each_picture_of_a_pair_goes_with_its_noise(parent, losses_asked):
+def test_each_picture_of_a_pair_goes_with_its_noise(parent, losses_asked, monkeypatch):
+    monkeypatch.setattr(train, "OVERFIT_FROM", 1)    # so that it is tested on pairs that it is trained on, too
     train.main([*parent, "--log_every", "1"])
     pairs = pairs_of()
     noise, pictures = pairs["noise"].float(), pairs["pictures"].float()
@@ -2512,7 +2524,7 @@ def test_each_picture_of_a_pair_goes_with_its_noise(parent, losses_asked):
             else:
                 tested.add(i)
                 assert upright[i] and label == i % 6
-    assert trained <= set(training.tolist()) and tested == set(held_out.tolist()) and len(tested) == 20
+    assert trained <= set(training.tolist()) and tested == set(range(40)) and len(held_out) == 20
     assert 4 <= mirrored <= 20    # of 24
 
 @pytest.mark.parametrize("flags, mirrored", [([], True), (["--no_mirror"], False)])
@@ -2885,10 +2897,11 @@ def test_what_is_typed_when_a_run_goes_on_is_applied_or_refused_by_name(here):
             "reflow": "moved"}
     other = {"arch": "unet", "process": "diffusion", "variant": "tiny", "dataset": "cifar10", "max_images": 9,
              "image_size": 24, "latents": "taef1", "minutes": 3.0, "batch_size": 2, "lr": 0.5, "weight_decay": 0.5,
-             "ema": 0.5, "physics": "tv=9", "override": "depth=1", "seed": 3, "amp": "off"}
+             "ema": 0.5, "physics": "tv=9", "override": "depth=1", "seed": 3, "amp": "off", "optimizer": "muon"}
     flags = {"labels", "no_mirror"}
     # A reflow learns as it likes, but the same: what is learnt is its parent's
-    assert {"minutes", "pairs", "batch_size", "lr", "weight_decay", "ema", "physics", "no_mirror", "amp"} == train.RECIPE
+    assert {"minutes", "pairs", "batch_size", "lr", "optimizer", "weight_decay", "ema", "physics", "no_mirror",
+            "amp"} == train.RECIPE
     names = {action.dest for action in train.make_parser()._actions} - {"help", "resume", "overwrite", "pairs"}
     assert names == {*free, *other, *flags}    # every option is in one of them
     was = vars(arguments_of([*smallest(dataset="folder", data_dir="here", taesd_dir="here", latents="taesd"),
@@ -2916,7 +2929,7 @@ def test_runs_of_older_programs_go_on_and_damaged_ones_are_refused(here, capsys)
     train.main([*SMALL, "--steps", "1", "--out", "run"])
     state = lf.load_checkpoint("run/ckpt.pt")
     args = state["args"]
-    older = {name: value for name, value in args.items() if name not in ("split", "no_mirror", "minutes")}
+    older = {name: value for name, value in args.items() if name not in ("split", "no_mirror", "minutes", "optimizer")}
     older |= {"compile": False, "override": args["override"][::-1], "workers": 4}    # as they once were
     lf.save_checkpoint("run/ckpt.pt", {**state, "args": older})
     train.main([*SMALL, "--steps", "2", "--out", "run", "--resume"])
@@ -2966,17 +2979,80 @@ def test_a_reflow_draws_its_times_where_few_steps_ask(parent, monkeypatch):
     train.main([*SMALL, "--steps", "2", "--out", "plain"])
     assert asked == [True] * 6 + [False] * 2
 
+@pytest.mark.parametrize("muon", [False, True])
 @pytest.mark.parametrize("arch", lf.ARCHS)
-def test_only_matrices_decay(arch):
+def test_only_matrices_decay(arch, muon):
     model = shake(lf.create_model(arch, "nano", 16, num_classes=2, **TINY[arch]), 0)
     before = copy.deepcopy(model.state_dict())
-    optimizer = train.make_optimizer(model, 0.1, 0.5, CPU)
+    optimizer = train.make_optimizer(model, 0.1, 0.5, CPU, muon)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
     for name, p in model.named_parameters():    # a matrix mixes: more than one input and output
         matrix = sum(side > 1 for side in p.shape) >= 2
         assert_close(p.detach(), before[name] * (0.95 if matrix else 1), msg=name)
+
+@pytest.mark.parametrize("arch", lf.ARCHS)
+def test_muon_takes_the_matrices_between_the_first_layers_and_the_last(arch):
+    model = lf.create_model(arch, "nano", 16, num_classes=2)
+    groups = train.make_optimizer(model, 0.1, 0.5, CPU, muon=True).param_groups
+    taken = {id(w) for group in groups if "muon" in group for w in group["params"]}
+    assert len(taken) + sum(len(group["params"]) for group in groups[:2]) == len([*model.parameters()])
+    outside = {"condition", "embed", "rows", "columns", "stem", "overview", "norm", "refine", "head", "direct"}
+    for name, module in model.named_modules():
+        for own, w in module.named_parameters(recurse=False):
+            depthwise = getattr(module, "groups", 1) > 1
+            inner = f"{name}.{own}".strip(".").split(".")[0] not in outside
+            assert (id(w) in taken) == (inner and not depthwise and w.squeeze().dim() >= 2), f"{name}.{own}"
+    for group in groups[2:]:
+        assert len({w.shape for w in group["params"]}) == 1
+
+def quintic(s):
+    """What five steps of Muon's iteration make of singular values whose squares sum to 1."""
+    for _ in range(5):
+        s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
+    return s
+
+@given(seeds, st.integers(1, 9), st.integers(1, 9), st.floats(1e-5, 1e5))
+def test_orthogonal_keeps_directions_and_makes_their_lengths_alike(seed, rows, columns, scale):
+    x = scale * normal(seed, 2, rows, columns)
+    U, s, V = torch.linalg.svd(x, full_matrices=False)
+    s = s / s.norm(dim=1, keepdim=True)
+    found = train.orthogonal(x)
+    assert_close(found, U @ quintic(s).diag_embed() @ V, rtol=1e-6, atol=1e-6)
+    lengths = torch.linalg.svdvals(found)
+    assert (lengths < 1.3).all() and (lengths[s > 1 / 500] > 0.6).all()
+    assert not train.orthogonal(0 * x).any()
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has it since 2.9")
+def test_muon_is_torchs_but_for_its_digits():
+    weights = {"blocks.0.a": normal(0, 20, 40), "blocks.1.b": normal(1, 40, 20), "blocks.2.c": normal(2, 40, 20),
+               "head.weight": normal(3, 4, 5), "blocks.0.bias": normal(4, 20)}
+    ours, theirs = ({name: nn.Parameter(w.float().clone()) for name, w in weights.items()} for _ in range(2))
+    model = types.SimpleNamespace(named_parameters=lambda: ours.items())
+    optimizer = train.make_optimizer(model, 0.01, 0.1, CPU, muon=True)
+    inner = [theirs[name] for name in weights if weights[name].dim() == 2 and "blocks" in name]
+    others = [torch.optim.Muon(inner, lr=0.025, weight_decay=0.04, momentum=0.95),
+              torch.optim.AdamW([theirs["head.weight"]], 0.01, (0.9, 0.99), weight_decay=0.1),
+              torch.optim.AdamW([theirs["blocks.0.bias"]], 0.01, (0.9, 0.99), weight_decay=0)]
+    for step in range(4):
+        for some in ours, theirs:
+            for i, w in enumerate(some.values()):
+                w.grad = normal(10 * step + i, *w.shape).float()
+        for some in optimizer, *others:
+            some.step()
+    for name, w in weights.items():
+        moved, known = ours[name] - w, theirs[name] - w
+        assert (moved - known).norm() < (0.03 if theirs[name] in set(inner) else 1e-5) * known.norm(), name
+
+def test_one_odd_latent_does_not_set_the_limit_of_all():
+    raw = normal(0, 200, 2, 16, 16, dtype=torch.float32)
+    pictures = train.Pictures(torch.zeros(100, 3, 8, 8, dtype=torch.uint8), torch.zeros(100), ["a"], CPU, None, None,
+                              "order")
+    usual = train.Latents(raw.half(), pictures, "taesd", CPU).latents["limit"]
+    assert 3.4 < usual < 4.6    # of a normal number one in 10,000 is above 3.89
+    raw[pictures.training[0], 0, 0, 0] = 40
+    assert train.Latents(raw.half(), pictures, "taesd", CPU).latents["limit"] == pytest.approx(usual, abs=0.3)
 
 def test_the_held_out_loss_is_a_mean_over_eight_times():
     flow, x0, noise = lf.RectifiedFlow(), normal(0, 5, 3, 4, 4), normal(1, 5, 3, 4, 4)
@@ -2991,6 +3067,19 @@ def test_the_held_out_loss_is_a_mean_over_eight_times():
     errors = [(model((1 - t) * x + t * z, torch.tensor([t]), y[None])[0] - (z - x)).square().mean()
               for t in times for x, z, y in zip(x0, noise, labels)]
     assert found == pytest.approx(torch.stack(errors).mean().item())
+
+def test_the_log_shows_when_pictures_are_learnt_by_heart(photographs, here, capsys):
+    # 12 pictures, 4 a step: the tenth pass over them ends with step 30
+    train.main([*SMALL, "--dataset", "folder", "--data_dir", "photographs", "--steps", "30", "--sample_every", "29",
+                "--lr", "0.01", "--out", "run"])
+    first, last = (row for row in read_log("run/log.csv") if row["held_out"])
+    assert not first["trained_on"] and f", {float(last['trained_on']):.4f} on pictures" in capsys.readouterr().out
+    model, process, _ = sample.load_model("run/ckpt.pt", CPU)
+    data = load_data("folder", photographs, 16)
+    noise = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(train.TEST_SEED))
+    for name, pictures in ("held_out", data[data.held_out]), ("trained_on", data[data.training]):
+        found = train.held_out_loss(model, process, lambda part, x0=pictures: (x0[part], None), noise)
+        assert float(last[name]) == pytest.approx(found, rel=1e-5)
 
 def test_a_run_tests_its_average_on_pictures_that_it_never_saw(photographs, here, losses_asked):
     train.main([*SMALL, "--dataset", "folder", "--data_dir", "photographs", "--steps", "9", "--lr", "0.02",
@@ -3029,8 +3118,8 @@ def test_a_row_of_the_log_by_hand(tmp_path):
     assert (found["loss"], found["loss_t2"], found["loss_t0"], found["tv"]) == ("9", "9", "", "1")
     assert [r["step"] for r in read_log(tmp_path / "log.csv")] == ["1", "2"]
 
-@pytest.mark.parametrize("process, strong", [("flow", 600), ("diffusion", 60_000)])
-def test_a_run_is_its_formulas(process, strong, here, monkeypatch, losses_asked):
+@pytest.mark.parametrize("process, strong, muon", [("flow", 600, False), ("diffusion", 60_000, False), ("flow", 2000, True)])
+def test_a_run_is_its_formulas(process, strong, muon, here, monkeypatch, losses_asked):
     """Three steps of train.py, recomputed in float64 from what they drew."""
     started, norms, loop = [], [], train.train
 
@@ -3044,7 +3133,7 @@ def test_a_run_is_its_formulas(process, strong, here, monkeypatch, losses_asked)
     try:
         train.main([*SMALL, "--steps", "3", "--lr", "0.02", "--weight_decay", "0.3", "--ema", "0.2",
                     "--physics", f"tv={strong},intensity={2 * strong}", "--labels", "--process", process,
-                    "--out", "run"])
+                    "--optimizer", "muon" if muon else "adamw", "--out", "run"])
         seen = [(x0, y, options["t"], options["noise"]) for x0, y, options in losses_asked
                 if "reduction" in options]    # in the loop, and not in a test of it
         model, path = started[0], lf.PROCESSES[process]()
@@ -3071,13 +3160,19 @@ def test_a_run_is_its_formulas(process, strong, here, monkeypatch, losses_asked)
             rate = 0.02 * [1, 1, 0.5][step]
             for name, g in zip(names, grads):
                 g = g / max(1, norm + 1e-6)
+                decay = 0.3 if sum(side > 1 for side in g.shape) >= 2 else 0
+                if muon and decay and name.startswith(("blocks", "skips")) and g.dim() != 3 and g.shape[1] > 1:
+                    m[name] = 0.95 * m[name] + 0.05 * g
+                    U, s, V = torch.linalg.svd((0.95 * m[name] + 0.05 * g).flatten(1), full_matrices=False)
+                    change = U * quintic(s / s.norm().clamp(min=1e-12)) @ V * max(1, len(U) / V.shape[1]) ** 0.5
+                    w[name] = (1 - rate * decay) * w[name] - 2.5 * rate * change.view_as(g)
+                    continue
                 m[name] = 0.9 * m[name] + 0.1 * g
                 v[name] = 0.99 * v[name] + 0.01 * g**2
-                decay = 0.3 if sum(side > 1 for side in g.shape) >= 2 else 0
                 w[name] = w[name] * (1 - rate * decay) - rate * (m[name] / (1 - 0.9 ** (step + 1))) / (
                     (v[name] / (1 - 0.99 ** (step + 1))).sqrt() + 1e-8)
-                d = min(0.2, (1 + step) / (10 + step))
-                average[name] = d * average[name] + (1 - d) * w[name]
+            d = min(0.2, (1 + step) / (10 + step))
+            average = {name: d * average[name] + (1 - d) * w[name] for name in names}
     finally:
         torch.set_default_dtype(torch.float32)
     state = lf.load_checkpoint("run/ckpt.pt")
@@ -3143,12 +3238,18 @@ def test_a_step_that_is_not_finite_changes_nothing(scaled):
     assert same_bits(before, after)
     assert step([3.0, 0.0, 4.0])[0] and not same_bits(weight.detach(), before[0])
 
-def test_a_bad_step_moves_no_weight_and_no_average_of_a_run(here, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_bad_step_moves_no_weight_and_no_average_of_a_run(optimizer, here, monkeypatch):
     step, states = train.Precision.step, []
 
     def bad(self, optimizer, parameters, losses):
-        optimizer.param_groups[0]["params"][0].grad.fill_(math.inf)
-        return step(self, optimizer, parameters, losses)
+        for group in optimizer.param_groups:
+            group["params"][0].grad.fill_(math.inf)
+        finite = step(self, optimizer, parameters, losses)
+        for group in optimizer.param_groups:
+            for w in group["params"]:
+                assert not any(number.any() for number in optimizer.state[w].values())    # nor the averages of gradients
+        return finite
 
     def noted(self, model, finite, update=lf.EMA.update):
         states.extend(copy.deepcopy([self.model.state_dict(), model.state_dict()]))
@@ -3157,7 +3258,7 @@ def test_a_bad_step_moves_no_weight_and_no_average_of_a_run(here, monkeypatch):
     monkeypatch.setattr(train.Precision, "step", bad)
     monkeypatch.setattr(lf.EMA, "update", noted)
     with pytest.raises(SystemExit):
-        train.main([*SMALL, "--steps", "2", "--log_every", "1", "--out", "run"])
+        train.main([*SMALL, "--steps", "2", "--log_every", "1", "--optimizer", optimizer, "--out", "run"])
     assert len(states) == 3 and same_bits(states[0], states[1]) and same_bits(states[0], states[2])
 
 def test_the_first_bad_step_ends_the_run_by_name_when_a_row_is_due():
@@ -3575,7 +3676,22 @@ def test_as_many_steps_as_fit(seconds, took, testing, every):
     assert steps == 0 or lasts(steps) <= seconds * (1 + 1e-9)
     assert lasts(steps + 1) > seconds * (1 - 1e-9)
 
-@pytest.mark.parametrize("flags", [[], ["--labels", "--grad_accum", "2"], ["--process", "diffusion"]])
+def test_minutes_count_tests_of_pictures_that_are_seen_often(monkeypatch):
+    def took(function, device):
+        seconds = function()
+        return sum(seconds) if isinstance(seconds, list) else seconds
+    monkeypatch.setattr(train, "timed", took)
+    args = types.SimpleNamespace(minutes=1, batch_size=4, sample_every=10)
+
+    def chosen(pictures):    # a step takes 0.1 s, drawing 5, a test 8
+        return train.steps_until(time.monotonic() + 100.5, args, CPU, pictures, lambda step, lr: 0.1,
+                                 lambda steps: 0.1 * steps, lambda share: 8 * share)
+    assert chosen(10**6) == 70    # 7 (10 * 0.1 + 5 + 8) = 98
+    assert chosen(4) == 40        # 4 (10 * 0.1 + 5 + 8 + 8) = 88, from step 10 on
+    assert chosen(26) == 64       # that many need only the one test: the tenth pass ends with step 65
+
+@pytest.mark.parametrize("flags", [[], ["--labels", "--grad_accum", "2", "--optimizer", "muon"],
+                                   ["--process", "diffusion"]])
 def test_a_run_of_minutes_is_the_run_of_the_steps_that_it_chose(flags, here, monkeypatch, capsys, after_step):
     monkeypatch.setattr(train, "timed", lambda function, device: (function(), 1.0)[1])
     command = [*SMALL, "--minutes", "1", "--log_every", "5", "--out", "run", *flags]
@@ -3777,15 +3893,17 @@ def test_nearest_finds_copies_and_agrees_with_a_plain_search():
     assert torch.equal(sample.nearest(copies, data, indices), torch.zeros(4))
     found = sample.nearest(torch.cat([near, far]), data, indices)
     assert_close(found[:4], torch.full((4,), 0.01), rtol=0.05, atol=0)
-    every = (far[:, None] - data[indices]).square().mean((2, 3, 4)).sqrt()           # (3, 400)
+    mirrored = torch.cat([data[indices], data[indices].flip(3)])
+    every = (far[:, None] - mirrored).square().mean((2, 3, 4)).sqrt()                # (3, 800)
     assert_close(found[4:], every.min(1).values)
+    assert torch.equal(sample.nearest(copies.flip(3), data, indices), torch.zeros(4))
     others = sample.nearest(copies, data, indices[1:399])    # two of the four are not there
     assert ((others > 0.5) == torch.tensor([True, True, False, False])).all()
 
 def table_of(out):
-    """{row: (samples, real)} of what --evaluate printed."""
-    found = re.findall(r"^(\S.{17})\s*([\d.]+)\s+([\d.]+)   \S", out, re.MULTILINE)
-    return {name.strip(): (float(ours), float(real)) for name, ours, real in found}
+    """{row: (samples, [coded,] real[, its deviation])} of what --evaluate printed."""
+    found = re.findall(r"^(\S.{17})((?: +[\d.]+)+ (?:± [\d.]+)?) +[a-z]", out, re.MULTILINE)
+    return {name.strip(): tuple(map(float, numbers.replace("±", "").split())) for name, numbers in found}
 
 def test_evaluate_compares_samples_and_real_pictures(trained, here, monkeypatch, capsys):
     tables, pictures = {}, {}
@@ -3798,17 +3916,18 @@ def test_evaluate_compares_samples_and_real_pictures(trained, here, monkeypatch,
         assert tables.setdefault((arch, seed), table) == table    # the same again
         assert Image.open("samples.png").size == Image.open("path.gif").size == (38, 38)
     one, other, again = tables["patch", 1], tables["mamba", 1], tables["patch", 2]
-    assert list(one) == [*sample.DISTANCES, "nearest training"]
+    assert list(one) == [*sample.DISTANCES, "nearest training", "nearest, 1 in 20"]
     for name in one:    # what real pictures have depends on neither model nor seed
-        assert one[name][1] == other[name][1] == again[name][1]
+        assert one[name][1:] == other[name][1:] == again[name][1:]
         assert one[name][0] != other[name][0] and one[name][0] != again[name][0]
     data = train.Shapes(train.EPOCH_OF_SHAPES + train.HELD_OUT, 16, 3, CPU)
     training, held_out = train.split(train.shuffled_order(len(data)))    # as ever, for shapes
-    ours, real, seen = ((x.clamp(-1, 1) + 1) * 127.5 for x in
-                        (pictures["last"], data[held_out[:12]], data[training[:12]]))
+    ours, real, *draws = ((x.clamp(-1, 1) + 1) * 127.5 for x in (
+        pictures["last"], data[held_out[:12]], *(data[training[12 * i:][:12]] for i in range(8))))
     assert len(ours) == 12
     for name, (distance, _) in sample.DISTANCES.items():
-        exact = distance(ours, real), distance(seen, real)
+        far = torch.tensor([distance(draw, real) for draw in draws])
+        exact = distance(ours, real), far.mean().item(), far.std().item()
         assert one[name] == pytest.approx(exact, abs=0.006)    # two digits are printed
     refused(sample.main, ["--ckpt", trained / "patch" / "ckpt.pt", "--evaluate", 65], capsys, "65", "64")
 
@@ -3833,6 +3952,34 @@ print((used() - before) / samples.nbytes)
                           env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"})    # what is freed is given back
     assert float(done.stdout.split()[-1]) < 8    # three sets, and what it takes to compare two; measured 6
 
+def test_evaluate_draws_real_pictures_by_class_and_sees_copies(capsys):
+    labels = torch.tensor(35 * [0] + 5 * [1] + 4 * [0, 1])
+    data = train.Pictures(torch.from_numpy(random_pixels(0, 48, 3, 16, 16)), labels, ["a", "b"], CPU, None, None, "order")
+    data.training, data.held_out = torch.arange(40), torch.arange(40, 48)
+    held_out, draws, alike = sample.draws_of_real(data, 8, told=True)
+    assert held_out.tolist() == [*range(40, 48)] and len(draws) == 1 and alike    # there are only 5 of b
+    assert sorted(labels[draws[0]].tolist()) == [0] * 4 + [1] * 4
+    sample.evaluate(data[held_out], data, CPU, told=True)
+    out = capsys.readouterr().out
+    assert "one draw\n" in out and len(table_of(out)["colours"]) == 2
+    _, draws, _ = sample.draws_of_real(data, 8, told=False)
+    assert torch.cat(draws).tolist() == [*range(40)]    # five times 8, none twice
+    labels[35:40] = 0
+    _, draws, alike = sample.draws_of_real(data, 8, told=True)
+    assert len(draws) == 5 and not alike    # none of b: any will do, and that is said
+    sample.evaluate(data[held_out], data, CPU, told=True)
+    assert "5 draws, of other classes\n" in capsys.readouterr().out
+    samples = torch.from_numpy(random_pixels(1, 8, 3, 16, 16)) / 127.5 - 1
+    tables = []
+    for some in range(8), [0], []:
+        copied = samples.clone()
+        copied[list(some)] = data[torch.tensor(list(some), dtype=torch.long)]
+        copied[list(some)[::2]] = copied[list(some)[::2]].flip(3)    # every other one mirrored
+        sample.evaluate(copied, data, CPU)
+        tables.append(table_of(capsys.readouterr().out))
+    everyone, one, none = ([table[name][0] for name in ("nearest training", "nearest, 1 in 20")] for table in tables)
+    assert max(everyone) < 0.01 < one[1] < 0.6 * none[1] and one[0] > 0.95 * none[0]
+
 def test_evaluate_finds_its_pictures_again_or_says_so(photographs, here, monkeypatch, capsys):
     train.main([*SMALL, "--dataset", "folder", "--data_dir", "photographs", "--steps", "1", "--out", "run"])
     arguments = ["--ckpt", str(here / "run" / "ckpt.pt"), "--evaluate", "12", "--steps", "1"]
@@ -3840,7 +3987,7 @@ def test_evaluate_finds_its_pictures_again_or_says_so(photographs, here, monkeyp
     arguments += ["--data_dir", "photographs"]
     sample.main(arguments)
     table = table_of(capsys.readouterr().out)
-    assert len(table) == 6
+    assert len(table) == 7
     refused(sample.main, [*arguments, "--evaluate", 13], capsys, "13", "12 held-out")
     (here / "elsewhere").mkdir()
     monkeypatch.chdir(here / "elsewhere")
@@ -3872,10 +4019,44 @@ def test_latents_are_evaluated_as_pictures(photographs, here, capsys):
     data = load_data("folder", photographs, 64)
     training, held_out = data.training, data.held_out
     table = table_of(capsys.readouterr().out)
-    real = sample.nearest(data[held_out[:5]], data, training).median().item() * 127.5
-    assert table["nearest training"][1] == pytest.approx(real, abs=0.006)
+    real = data[held_out[:5]]
+    near = sample.nearest(real, data, training).median().item() * 127.5
+    assert table["nearest training"][1] == pytest.approx(near, abs=0.006)
+    taesd = lf.TAESD.load("weights/taesd_encoder.pth", "weights/taesd_decoder.pth")
+    with torch.no_grad():
+        coded = taesd.decode(taesd.encode(data[training[:5]]))
+    colours, _ = sample.DISTANCES["colours"]
+    exact = colours((coded.clamp(-1, 1) + 1) * 127.5, (real + 1) * 127.5)
+    assert table["colours"][1] == pytest.approx(exact, abs=0.006) and len(table["colours"]) == 4
     assert Image.open("samples.png").size == (3 * 66 + 2, 2 * 66 + 2)
     assert Image.open("gates.png").size[1] > 4 * 96    # two blocks with two layers each
+
+@given(seeds, st.integers(2, 5))
+def test_frechet_distance_of_normal_clouds_is_known(seed, d):
+    x, shift = normal(seed, 50, d), normal(seed + 1, d)
+    root = normal(seed + 2, d, d)
+    M = torch.eye(d) / 2 + root @ root.T    # symmetric, positive: the shortest way from x to x @ M + shift
+    known = shift.square().sum() + ((M - torch.eye(d)) @ x.T.cov() @ (M - torch.eye(d))).trace()
+    y = (x - x.mean(0)) @ M + x.mean(0) + shift
+    assert frechet(x, y) == pytest.approx(known.item(), rel=1e-5)
+    assert frechet(y, x) == pytest.approx(known.item(), rel=1e-5)
+    assert frechet(x, x) == pytest.approx(0, abs=1e-6)
+
+def test_the_judge_of_labels_knows_what_was_asked_for(here, monkeypatch, capsys):
+    train.main([*smallest(steps=1, image_size=16), "--labels", "--out", "run"])
+    shapes = train.Shapes(5000, 16, 7, CPU)    # neither the run's nor the judge's
+    of_kind = [iter((shapes.labels == kind).nonzero()[:, 0]) for kind in range(6)]
+
+    def drawn(model, process, noise, steps, y, scale):
+        wished = (y + (scale == 2)) % 6    # another kind, at this scale
+        pictures = shapes[torch.stack([next(of_kind[kind]) for kind in wished.tolist()])]
+        return pictures if scale < 3 else pictures * 0.3 + 0.5 * noise    # hardly to be seen
+    monkeypatch.setitem(lf.SAMPLERS, "euler", drawn)
+    rows = judge_labels("run/ckpt.pt", None, None, CPU, scales=(1.0, 2.0, 3.0), count=300, pictures=8000)
+    printed = re.search(r"names ([\d.]+)%.*?([\d.]+)%: their distance is ([\d.]+)", capsys.readouterr().out)
+    known, unseen, distance = map(float, printed.groups())
+    assert min(known, unseen) > 80 and rows[1.0][0] > 0.8 and rows[2.0][0] < 0.15
+    assert rows[1.0][1] < 3 * distance + 0.5 and rows[3.0][1] > 5 * rows[1.0][1], (rows, distance)
 
 def test_the_error_at_uniform_times_is_what_it_says(photographs, here, losses_asked):
     train.main([*SMALL, "--steps", "2", "--out", "run"])
@@ -4200,16 +4381,22 @@ def bench_sampling(device):
     ms = medians({"": draw}, device, seconds=1)[""]
     print(f"sampling, patch nano, 32 px, 64 at once, 50 Euler steps: {64e3 / ms:.1f} pictures/s")
 
+def in_folder(folder, size, device):
+    """All pictures of a folder, as train.py reads them: a data set; .held_out: all, in a random order, always the same."""
+    options = ["--dataset", "folder", "--data_dir", str(folder), "--image_size", str(size)]
+    data = train.DATASETS["folder"](train.filled_in(train.make_parser().parse_args(options)), device)
+    data.held_out = train.shuffled_order(len(data))
+    return data
+
 @torch.no_grad()
 def velocity_error(checkpoint, folder, device):
     """The mean squared error of a flow at uniform times, on 10 x 512 pictures of a folder that took
     no part in its training: kungfuai/nano-diffusion reports it so, on CIFAR-10's test pictures.
     """
     model, process, _ = sample.load_model(checkpoint, device)
-    options = ["--dataset", "folder", "--data_dir", folder, "--image_size", str(model.config["image_size"])]
-    data = train.DATASETS["folder"](train.filled_in(train.make_parser().parse_args(options)), device)
+    data = in_folder(folder, model.config["image_size"], device)
     fixed, errors = torch.Generator().manual_seed(0), []
-    for part in torch.arange(min(5120, len(data))).split(512):
+    for part in data.held_out[:5120].split(512):
         x0, t = data[part], torch.rand(len(part), generator=fixed).to(device)
         noise = torch.randn(x0.shape, generator=fixed).to(device)
         y = data.labels[part].to(device) if model.config["num_classes"] else None
@@ -4218,53 +4405,100 @@ def velocity_error(checkpoint, folder, device):
     print(f"{checkpoint}: error {errors.mean():.4f} of the {process.predicts} at uniform t, on {len(errors)} pictures")
     return errors.mean().item()
 
-def judge_labels(checkpoint, device, count=600):
-    """Does a model of labelled shapes draw what it is asked for? A classifier is trained to say."""
-    model, process, state = sample.load_model(checkpoint, device)
-    if not model.config["num_classes"] or state["args"]["dataset"] != "shapes":
-        sys.exit(f"{checkpoint}: not a model of labelled shapes")
-    side, kinds = model.config["image_size"], model.config["num_classes"]
-    data = train.Shapes(30_000, side, 1, device)       # other pictures than it was trained on
-    judge = nn.Sequential(
-        nn.Conv2d(3, 32, 3, 2, 1), nn.ReLU(), nn.Conv2d(32, 64, 3, 2, 1), nn.ReLU(),
-        nn.Conv2d(64, 64, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.LazyLinear(kinds)).to(device)
-    judge(data[torch.tensor([0])])                     # which tells the last layer its width
-    optimizer = torch.optim.Adam(judge.parameters(), 2e-3)
-    for batch in (torch.randperm(58_000) % 29_000).split(64):
-        optimizer.zero_grad()
-        F.cross_entropy(judge(data[batch]), data.labels[batch]).backward()
-        optimizer.step()
+def frechet(a, b):
+    """|mean a - mean b|^2 + trace(A + B - 2 (A B)^(1/2)) of vectors a and b, (n, d) each, with covariances A and B: the
+    squared 2-Wasserstein distance of normal distributions with these. (A B has the eigenvalues of A^(1/2) B A^(1/2).)
+    """
+    a, b = a.double(), b.double()
+    A, B = a.T.cov(), b.T.cov()
+    root = torch.linalg.eigvals(A @ B).real.clamp(min=0).sqrt().sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * root).item()
 
-    @torch.no_grad()
-    def agrees(pictures, labels):
-        return (judge(pictures).argmax(1) == labels).float()
-    test = torch.arange(29_000, 30_000)
-    known = agrees(data[test], data.labels[test]).mean()
-    print(f"of 1,000 other shapes the classifier names {known:.1%}")
+def trained_classifier(data, training, kinds, pictures, mirror, device):
+    """A classifier, trained on so many pictures of data, moved by up to 2 pixels and, with mirror, mirrored. Without its
+    last layer it makes 64 features of pictures (B, 3, H, W).
+    """
+    def layer(dim_in, dim_out):
+        return nn.Conv2d(dim_in, dim_out, 3, padding=1, bias=False), nn.BatchNorm2d(dim_out), nn.ReLU()
+    judge = nn.Sequential(
+        *layer(3, 32), nn.MaxPool2d(2), *layer(32, 64), nn.MaxPool2d(2), *layer(64, 128), nn.MaxPool2d(2),
+        *layer(128, 128), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 64), nn.ReLU(),
+        nn.Linear(64, kinds)).to(device)
+    torch.manual_seed(0)
+    steps, labels = pictures // 128, train.moved(data.labels, device)
+    optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.05)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, steps, pct_start=0.2)
+    progress = train.Progress("training the classifier", steps)
+    for step, indices in zip(range(steps), train.shuffled(training, 128, 0, mirror=mirror * len(data))):
+        up, left = torch.randint(-2, 3, (2,)).tolist()
+        x = F.pad(data[indices], (2, 2, 2, 2), mode="reflect").roll((up, left), (2, 3))[:, :, 2:-2, 2:-2]
+        loss = F.cross_entropy(judge(x), labels[train.moved(indices % len(data), device)])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        rate.step()
+        progress(step + 1, f"loss {loss:.3f}")
+    return judge.eval().requires_grad_(False)
+
+def judge_labels(checkpoint, folder, apart, device, scales=(0.0, 1.0, 2.0, 3.0, 5.0), count=500, pictures=400_000):
+    """Does a model draw what it is asked for? A classifier that takes no part in the drawing is trained to say, on the
+    run's pictures in the folder, or on shapes of another seed. What is drawn is compared with held-out pictures, or with
+    those in the folder apart; for comparison, so are as many of the run's pictures, which the classifier has not seen.
+    """
+    model, process, state = sample.load_model(checkpoint, device)
+    if not model.config["num_classes"] or state["latents"]:
+        sys.exit(f"{checkpoint}: not a model of labelled pictures")
+    side, kinds = model.config["image_size"], model.config["num_classes"]
+    if state["args"]["dataset"] == "shapes":
+        data, pictures = train.Shapes(30_000, side, 1, device), min(pictures, 100_000)
+        data.training, data.held_out = torch.arange(30_000).split((29_000, 1000))
+    else:
+        data = sample.data_of(checkpoint, state, argparse.Namespace(evaluate=1, data_dir=folder), device)
+    known = in_folder(apart, side, device) if apart else data
+    if known.classes != data.classes:
+        sys.exit(f"{apart}: its folders are {', '.join(known.classes)}, and not {', '.join(data.classes)}")
+    count = min(count, len(known.held_out), len(data.training) // 2)
+    judge = trained_classifier(data, data.training[count:], kinds, pictures, not state["args"]["no_mirror"], device)
+
+    def judged(some, labels):
+        """(features, which labels it agrees with) of some pictures."""
+        features = torch.cat([judge[:-1](part) for part in some.split(256)])
+        return features, (judge[-1](features).argmax(1) == labels).float()
+
+    def labels_of(some, indices):
+        return train.moved(some.labels[train.moved(indices, some.labels.device)], device)
+
+    reference, others = known.held_out[:count], data.training[:count]
+    y = labels_of(known, reference)    # what is asked for, too: as many of each class
+    real, right = judged(known[reference], y)
+    unseen, right_too = judged(data[others], labels_of(data, others))
+    print(f"of {count} held-out pictures the classifier names {right.mean():.1%}; of as many of the run's, which it has "
+          f"not seen, {right_too.mean():.1%}: their distance is {frechet(unseen, real):.2f}", flush=True)
     noise = sample.draw_noise(count, (3, side, side), 0).to(device)
-    y = torch.arange(count, device=device) * kinds // count
     name = train.SAMPLER_OF[process.predicts]
-    options = train.sampler_options(name, state["latents"])
-    for scale in 0.0, 1.0, 2.0, 3.0:
-        drawn = torch.cat([
-            lf.SAMPLERS[name](model, process, z, 50, labels, scale, **options)
-            for z, labels in zip(noise.split(100), y.split(100))])
-        right = agrees(drawn, y)
-        print(f"cfg {scale}: {right.mean():.1%} of {count} samples are what was asked for; "
-              + ", ".join(f"{kind} {right[y == i].mean():.0%}"
-                          for i, kind in enumerate(state["classes"])), flush=True)
+    options, rows = train.sampler_options(name, None), {}
+    for scale in scales:
+        drawn = torch.cat([lf.SAMPLERS[name](model, process, z, 50, labels, scale, **options)
+                           for z, labels in zip(noise.split(100), y.split(100))])
+        features, right = judged(drawn.clamp(-1, 1), y)
+        rows[scale] = right.mean().item(), frechet(features, real)
+        print(f"cfg {scale}: {rows[scale][0]:.1%} of {count} samples are what was asked for, distance {rows[scale][1]:.2f}; "
+              + ", ".join(f"{kind} {right[y == i].mean():.0%}" for i, kind in enumerate(state["classes"])), flush=True)
+    return rows
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="The tests are run by: python -m pytest")
     parser.add_argument("--bench", action="store_true", help="time the scan, training and sampling")
-    parser.add_argument("--labels", metavar="CKPT", help="how often a model of labelled shapes "
-                        "draws what it is asked for")
+    parser.add_argument("--labels", metavar="CKPT", help="how often a model draws what it is asked for, and how far "
+                        "that is from real pictures")
+    parser.add_argument("--data_dir", help="for --labels: where the run's pictures lie")
     parser.add_argument("--error", metavar="CKPT", help="its error at uniform times on --pictures")
-    parser.add_argument("--pictures", metavar="FOLDER", help="of which none was trained on")
+    parser.add_argument("--pictures", metavar="FOLDER", help="of which none was trained on: for --error, and for "
+                        "--labels in place of the run's held-out ones")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     arguments = parser.parse_args()
     if arguments.labels:
-        judge_labels(arguments.labels, arguments.device)
+        judge_labels(arguments.labels, arguments.data_dir, arguments.pictures, arguments.device)
     elif arguments.error and arguments.pictures:
         velocity_error(arguments.error, arguments.pictures, arguments.device)
     elif not arguments.bench:

@@ -50,6 +50,7 @@ CHECKPOINT_VERSION = 4      # raised whenever what a checkpoint holds changes it
 RUN_FILES = "ckpt.pt", "log.csv", "samples/step_*.png"    # what a run writes into --out
 LABEL_DROPOUT = 0.1         # of the labels are hidden, so that the model also learns to do without
 HELD_OUT = 512              # pictures that are never trained on (half, of a set below 1,024)
+OVERFIT_FROM = 10           # passes over its pictures, from which on a run is tested on them, too
 TEST_SEED = 0               # chooses them, their noise, and what --max_images keeps, in every run
 EPOCH_OF_SHAPES = 50_000    # pictures
 LARGEST = 4096              # pixels of a side
@@ -64,8 +65,12 @@ PAIRS, PAIR_STEPS = 8192, 16    # of --reflow; Heun steps from the noise of a pa
 MAY_CHANGE = {"steps", "epochs", "grad_accum", "log_every", "sample_every", "save_every", "device",
               "compile", "data_dir", "taesd_dir", "out", "resume", "overwrite", "reflow"}
 # What a --reflow may change as well, beside the run that it starts from
-RECIPE = {"minutes", "pairs", "batch_size", "lr", "weight_decay", "ema", "physics", "no_mirror",
-          "amp"}
+RECIPE = {"minutes", "pairs", "batch_size", "lr", "optimizer", "weight_decay", "ema", "physics",
+          "no_mirror", "amp"}
+
+# How the names of the weights begin that --optimizer muon is for. Not the overview's: few and
+# large, they would take as long as all the others
+HIDDEN = "blocks.", "skips.", "encoder.", "decoder.", "bottom.", "down.", "up.", "fuse."
 
 # What each model was designed for, and the sampler for what a process's network predicts
 PROCESS_OF = {"patch": "flow", "unet": "flow", "mamba": "diffusion"}
@@ -579,20 +584,25 @@ def encoded(data, taesd, args, device, batch=16):
 class Latents(DataSet):
     """A data set of latents in place of pictures; every channel has mean 0, standard deviation 1.
 
-    latents: see encoded(); data: whose labels they have; name: of the autoencoder. Samplers keep
-    within "limit", the largest number in them.
+    latents: see encoded(); data: whose labels they have; name: of the autoencoder. Means,
+    deviations and "limit", within which samplers keep, are those of the pictures that are trained
+    on. Of each channel 9,999 of 10,000 numbers lie within it: one odd number sets no maximum.
     """
 
     def __init__(self, latents, data, name, device):
         self.stored, self.labels, self.classes = latents.to(device), data.labels, data.classes
         self.names, self.marks = data.names, data.marks
         self.training, self.held_out = data.training, data.held_out
-        # A channel at a time, as float32 takes twice the memory
-        stats = [torch.std_mean(channel.float()) for channel in latents.unbind(1)]
-        std, mean = (torch.stack(v).view(-1, 1, 1) for v in zip(*stats))             # (C, 1, 1)
-        std = std.clamp(min=1e-6)    # a channel that never varies becomes 0, not 0 / 0
-        ends = torch.stack([latents.amin((0, 2, 3)), latents.amax((0, 2, 3))])       # (2, C)
-        limit = ((ends[..., None, None].float() - mean) / std).abs().max().item()
+        seen = torch.cat([data.training, data.training + len(data)])
+        stats = []
+        for channel in latents.unbind(1):    # one at a time, as float32 takes twice the memory
+            some = channel[seen].float()
+            std, mean = torch.std_mean(some)
+            std = std.clamp(min=1e-6)    # one that never varies becomes 0, not 0 / 0
+            some = some[:max(1, 2**22 // some[0].numel())]    # enough of them
+            stats.append((mean, std, ((some - mean).abs() / std).quantile(0.9999)))
+        mean, std, limit = (torch.stack(v).view(-1, 1, 1) for v in zip(*stats))      # (C, 1, 1)
+        limit = limit.max().item()
         self.mean, self.std = mean.to(device), std.to(device)
         self.latents = {"name": name, "mean": mean, "std": std, "limit": limit}
 
@@ -921,18 +931,83 @@ def draw_times(process, count, device, reflow=False):
         return torch.sigmoid(1.4 * torch.randn(count, device=device))
     return torch.rand(count, device=device)
 
-def make_optimizer(model, lr, weight_decay, device):
-    """AdamW; weight decay for matrices only, not for biases, gains, decay rates and step sizes."""
-    matrices = [p for p in model.parameters() if p.squeeze().dim() >= 2]
-    others = [p for p in model.parameters() if p.squeeze().dim() < 2]
+def orthogonal(X):
+    """Matrices (n, r, c) -> with the same singular vectors, all singular values near 1 (0.6 to 1.3,
+    but for those below a 500th of the norm), by products only.
+
+    A step of this Newton-Schulz iteration takes each singular value s to 3.4445 s - 4.775 s^3 +
+    2.0315 s^5, which more than triples a small one and keeps those near 1 between 0.6 and 1.3.
+    Source: Jordan et al. (2024), "Muon: An optimizer for hidden layers in neural networks".
+    """
+    X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-12)    # its largest s is 1 at most
+    wide = X if X.shape[1] <= X.shape[2] else X.mT
+    for _ in range(5):
+        A = wide @ wide.mT                                                   # (n, r, r), r <= c
+        wide = 3.4445 * wide + (2.0315 * A @ A - 4.775 * A) @ wide
+    return wide if wide.shape == X.shape else wide.mT
+
+class Muon(torch.optim.AdamW):
+    """AdamW, but for groups of parameters with "muon", matrices (or kernels) of one shape each:
+
+        M = 0.95 M + 0.05 G
+        w = (1 - rate * decay) w - 2.5 rate * z * orthogonal(0.95 M + 0.05 G)
+
+    with z = sqrt(max(1, rows / columns)). A gradient, and so a step of AdamW, is mostly made of few
+    directions; a step that is made orthogonal goes as far in every one. It can take a larger rate,
+    2.5 times AdamW's here. All matrices of a shape go through one batch of products, without which
+    this would be slow for small models.
+    """
+
+    @torch.no_grad()
+    def step(self):
+        """Takes a step; with .found_inf above 0 none, as an AdamW in one piece."""
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if "muon" not in group]
+        super().step()
+        self.param_groups = groups
+        for group in groups:
+            if "muon" in group:
+                self.orthogonal_step(**group)
+
+    def orthogonal_step(self, params, lr, weight_decay, **group):
+        """The formula above, for one group."""
+        states = [self.state[w] for w in params]
+        if not states[0]:
+            for w, state in zip(params, states):    # "step": load_state_dict() asks every state
+                state.update(step=torch.zeros(()), momentum=torch.zeros_like(w))
+        G = torch.stack([w.grad for w in params]).flatten(2)                       # (n, r, c)
+        M = torch.stack([state["momentum"] for state in states]).flatten(2)
+        finite = getattr(self, "found_inf", G.new_zeros(())) == 0
+        G = torch.where(finite, G, M)    # an M that stays
+        M = torch.lerp(M, G, 0.05)
+        z = max(1, M.shape[1] / M.shape[2]) ** 0.5
+        change = 2.5 * z * orthogonal(torch.lerp(G, M, 0.95))
+        for w, state, m, moved_by in zip(params, states, M, change):
+            state["momentum"].copy_(m.view_as(w))
+            w.sub_(finite * lr * (weight_decay * w + moved_by.view_as(w)))
+
+def make_optimizer(model, lr, weight_decay, device, muon=False):
+    """AdamW, with muon Muon for the matrices of the blocks; weight decay for matrices only, not for
+    biases, gains, decay rates and step sizes.
+    """
+    hidden, matrices, others = {}, [], []
+    for name, p in model.named_parameters():
+        if p.squeeze().dim() < 2:
+            others.append(p)
+        elif muon and name.startswith(HIDDEN) and p.shape[1] > 1:
+            hidden.setdefault(p.shape, []).append(p)
+        else:
+            matrices.append(p)    # first and last layers; and depthwise kernels, which mix nothing
     groups = [{"params": matrices, "weight_decay": weight_decay},
               {"params": others, "weight_decay": 0.0}]
+    groups += [{"params": some, "weight_decay": weight_decay, "muon": True}
+               for some in hidden.values()]
     # 0.99 rather than 0.999: a run of a few thousand steps cannot wait for a mean over 1,000
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=device.type in FUSED)
+    return Muon(groups, lr=lr, betas=(0.9, 0.99), fused=device.type in FUSED)
 
 @torch.no_grad()
 def held_out_loss(model, process, examples, noise, batch=128):
-    """The loss on held-out pictures, the mean over t = 1/16, 3/16 ... 15/16. With fixed noise it
+    """The loss on some pictures, the mean over t = 1/16, 3/16 ... 15/16. With fixed noise it
     compares between steps and runs. examples: a function from a slice to pictures (B, 3, H, W) and
     labels, (B,) or None.
     """
@@ -959,15 +1034,15 @@ class Log:
         self.reset()
         if RANK:
             return
-        names = ["step", "loss", *quarters, "held_out", *parts, "lr", "images_per_s"]
+        names = ["step", "loss", *quarters, "held_out", "trained_on", *parts, "lr", "images_per_s"]
         kept, path = [], Path(path)
         if since and path.exists():
-            try:    # a row that a power cut has torn is dropped
+            try:    # a row that a power cut has torn is dropped; older logs lack trained_on
                 with open(path, newline="", encoding="utf-8-sig") as file:
                     rows = csv.DictReader(file)
-                    if not set(names) <= set(rows.fieldnames or ()):
+                    if not set(names) <= {"trained_on", *(rows.fieldnames or ())}:
                         raise KeyError
-                    kept = [{name: row[name] for name in names} for row in rows
+                    kept = [{name: row.get(name) for name in names} for row in rows
                             if row["images_per_s"] and int(row["step"]) <= since]
             except (KeyError, ValueError, csv.Error):    # as a spreadsheet may leave it
                 aside = path.with_suffix(f".{os.urandom(2).hex()}.csv")
@@ -1279,18 +1354,24 @@ def owned(out):
         if fcntl:
             os.close(handle)
 
-def steps_until(deadline, args, device, advance, draw, test):
-    """How many steps fit until the deadline, by a trial; Refused if none does. advance(step, lr),
-    draw(steps), test(share): train()'s. At rate 0 no weight moves.
+def steps_until(deadline, args, device, pictures, advance, draw, test):
+    """How many steps fit until the deadline, by a trial; Refused if none does. pictures: how many
+    there are to train on; advance(step, lr), draw(steps), test(share): train()'s. At rate 0 no
+    weight moves.
     """
     advance(0, 0.0)    # the first one is slower
     second = max(1e-9, timed(lambda: advance(0, 0.0), device))
     count = 1 + min(29, int(0.02 * of_first(deadline - time.monotonic(), device) / second))
     took = max(1e-9, timed(lambda: [advance(0, 0.0) for _ in range(count)], device) / count)
     one, three = (timed(lambda steps=steps: draw(steps), device) for steps in (1, 3))
-    testing = one + 49 * (three - one) / 2 + 16 * timed(lambda: test(1 / 16), device)
+    asking = 16 * timed(lambda: test(1 / 16), device)
+    testing = one + 49 * (three - one) / 2 + asking
     left = of_first(deadline - time.monotonic(), device)
     steps = steps_within(left, took, testing, args.sample_every)
+    few = math.ceil(OVERFIT_FROM * pictures / args.batch_size) - 1
+    if steps > few:    # from there on tests take longer; here, all of them, which is a little less
+        testing += asking
+        steps = max(few, steps_within(left, took, testing, args.sample_every))
     each = f"a step takes {1000 * took:.0f} ms, a test with its samples {duration(testing)}"
     if steps < 1:
         raise Refused(f"--minutes {args.minutes:g}: too short for a single step: {each}, and "
@@ -1312,11 +1393,14 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
         w    = (1 - rate * decay) w - rate * m / (1 - 0.9^n) / (sqrt(v / (1 - 0.99^n)) + 1e-8)
         average = d * average + (1 - d) w,    d = min(ema, n / (9 + n))
 
-    decay is 0 but for matrices; a step whose gradient is not finite is left out.
+    decay is 0 but for matrices; a step whose gradient is not finite is left out; --optimizer muon
+    moves the matrices of the blocks otherwise (see Muon). With ema = 1 step k weighs about (k/n)^8:
+    the average remembers a tenth of the run, however long that is.
     """
     process = lf.PROCESSES[args.process]()
     training, held_out = data.training, data.held_out
-    optimizer = make_optimizer(model, args.lr, args.weight_decay, precision.device)
+    optimizer = make_optimizer(model, args.lr, args.weight_decay, precision.device,
+                               args.optimizer == "muon")
     ema, physics = lf.EMA(model, args.ema), lf.PhysicsLoss(args.physics)
     out, device = Path(args.out), precision.device
     first = restore(state, model, ema, optimizer, precision) if state else 0
@@ -1343,7 +1427,6 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
     fixed = torch.Generator().manual_seed(TEST_SEED)    # for noise that never changes
     shape = model.config["in_channels"], *lf.sides(model.config["image_size"])
     test_noise = torch.randn(len(held_out), *shape, generator=fixed)
-    test_noise = data.noises(held_out) if data.reflow else test_noise
     sample_noise = torch.randn(36, *shape, generator=fixed).to(device)
     sample_labels = torch.arange(36, device=device) // 6 % classes if classes else None    # in rows
 
@@ -1382,19 +1465,26 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
                      for noise, y in zip(sample_noise.split(test_batch), known)]
         return grid_picture(decoded(torch.cat(drawn), taesd, data.latents).cpu())
 
-    def test(share=1):
-        """The held-out loss of the averaged weights, on all held-out pictures or the first ones."""
-        some = held_out[:math.ceil(share * len(held_out))]
-        return held_out_loss(ema.model, process, lambda part: told(some[part])[:2],
-                             test_noise[:len(some)], test_batch)
+    def test(share=1, pictures=held_out):
+        """The loss of the averaged weights on held-out pictures, all or the first ones, or on as
+        many others.
+        """
+        some = pictures[:math.ceil(share * len(held_out))]
+        noise = data.noises(some) if data.reflow else test_noise[:len(some)]
+        return held_out_loss(ema.model, process, lambda part: told(some[part])[:2], noise,
+                             test_batch)
 
     def look(step):
-        """Tests and draws; returns the held-out loss, or None. What fails here ends no run."""
-        loss, name = None, out / "samples" / f"step_{step:06d}.png"
+        """Tests and draws; returns losses for log.csv, by name. What fails here ends no run."""
+        losses, name = {}, out / "samples" / f"step_{step:06d}.png"
         try:
             stop.drawing = True
-            loss = test()
-            progress.note(f"step {step}: held-out loss {loss:.4f}")
+            losses["held_out"] = test()
+            text = f"step {step}: held-out loss {losses['held_out']:.4f}"
+            if step * args.batch_size >= OVERFIT_FROM * len(training):
+                losses["trained_on"] = test(pictures=training)
+                text += f", {losses['trained_on']:.4f} on pictures that are trained on"
+            progress.note(text)
             grid = draw()
             stop.drawing = False
             name.parent.mkdir(exist_ok=True)
@@ -1405,7 +1495,7 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
             why = str(error).split("\n")[0] or type(error).__name__
             warn(f"step {step}: no test, or no samples: {why}")
         stop.drawing = False
-        return loss
+        return losses
 
     def advance(step, lr):
         """Takes a step; returns what log.add() wants of each part, and the last one's target."""
@@ -1437,7 +1527,7 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
 
     if deadline and not state:    # a trial, which leaves no trace
         generators, scale = random_state(device), copy.deepcopy(precision.scaler.state_dict())
-        args.steps = steps_until(deadline, args, device, advance, draw, test)
+        args.steps = steps_until(deadline, args, device, len(training), advance, draw, test)
         ema, precision.seen, examples = lf.EMA(model, args.ema), [], examples_from(0)
         optimizer.state.clear()
         precision.scaler.load_state_dict(scale)
@@ -1483,7 +1573,7 @@ def train(args, model, network, data, taesd, precision, stop, state=None, deadli
             row = dict(means, step=done, lr=lr)
             shown = f"loss {row['loss']:.3f}, {row['images_per_s']:.0f} images/s,"
             if showing and not RANK:
-                row["held_out"] = look(done)
+                row.update(look(done))
             log.write(**row)    # with every save, as a resumed run starts with an empty one
         progress(done, shown)
         if stopping and not last:
@@ -1542,8 +1632,11 @@ def make_parser():
     add("--batch_size", type=number(int, 1), help="pictures in a batch, over all processes")
     add("--grad_accum", type=number(int, 1), default=1, help="parts of a batch, to save memory")
     add("--lr", type=number(float, 1e-12, 1), help="peak learning rate")
-    add("--weight_decay", type=number(float, 0), default=0.01, help="of AdamW, for matrices")
-    add("--ema", type=number(float, 0, 1), default=0.999, help="decay of the averaged weights")
+    add("--optimizer", choices=["adamw", "muon"], default="adamw", 
+        help="muon: Muon for the matrices of the blocks, AdamW for the rest")
+    add("--weight_decay", type=number(float, 0), default=0.01, help="of matrices")
+    add("--ema", type=number(float, 0, 1), default=1.0,
+        help="the largest decay of the averaged weights; 1: they remember about a tenth of the run")
     add("--physics", type=physics_weights, metavar="NAME=WEIGHT,...",
         help=f"or on, off; not given: on, but for latents. NAME: {', '.join(lf.PHYSICS)}")
     add("--override", type=override, action="append", default=[], metavar="KEY=VALUE",
@@ -1681,9 +1774,11 @@ def set_up_and_train(args, state=None):
             check_same_pictures(state, data)
         was, now = state["latents"], data.latents
         if now and (was["mean"].shape != now["mean"].shape
-                    or not torch.allclose(was["mean"], now["mean"], atol=0.01)):
+                    or ((was["mean"] - now["mean"]).abs() > 0.1 * now["std"]).any()):
             raise Refused(f"the run in {out} was started with other latents: other pictures, or "
                           "other weights of the autoencoder")
+        if now and not args.reflow:    # a run from before they were those of training pictures
+            data.latents, data.mean, data.std = was, was["mean"].to(device), was["std"].to(device)
         if state["step"] >= args.steps:
             raise Refused(f"the run in {out} has had its {state['step']} steps: give more --steps")
     network, how = compiled(model, args, args.batch_size // (WORLD * args.grad_accum), precision)
