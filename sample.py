@@ -212,9 +212,10 @@ DISTANCES = {
     "pixels, sliced": (lambda p, q: sliced(p.flatten(1), q.flatten(1)),
                        "where in a picture it is light or dark"),
     "features, sliced": (lambda p, q: sliced(random_features(p), random_features(q)),
-                         "edges and textures, by random filters (in a unit of its own)"),
+                         "edges and textures, by random filters (its own unit)"),
 }
-DRAWS = 8    # sets of real pictures that are compared, to see how much that varies
+DRAWS = 8           # sets of real pictures that are compared, to see how much that varies; fewer
+NUMBERS = 2**26     # (but two) where they would have more numbers than this, as all are sorted
 
 def nearest(pictures, data, indices):
     """How far pictures (n, 3, H, W) are from the nearest of data[indices], mirrored or not: (n,),
@@ -261,20 +262,18 @@ def data_of(path, state, args, device):
     train.check_same_pictures(state, data)
     return data
 
-def draws_of_real(data, n, told):
-    """(n held-out indices, [n training indices, ...], whether they have the same classes): up to
-    DRAWS draws. Where a model was told labels each draw has as many of a class as the held-out
-    pictures, on which its samples are modelled, if there are so many.
+def draws_of_real(data, n, told, most=DRAWS):
+    """(n held-out indices, [n training indices, ...], whether they have the same classes): `most`
+    draws or fewer. Where a model was told labels each draw has as many of a class as the held-out
+    pictures, whose labels its samples were asked for by, if there are so many.
     """
     held_out, training = data.held_out[:n], data.training
     kind = data.labels.cpu() if told else torch.zeros(len(data), dtype=torch.long)
     pools = [(training[kind[training] == k], (kind[held_out] == k).sum().item())
              for k in kind[held_out].unique()]
-    # Fewer of large pictures, which take minutes to sort
-    most = min(DRAWS, max(2, 2**26 // (n * data[held_out[:1]][0].numel())))
     draws = min([most] + [len(pool) // count for pool, count in pools])
     if not draws:
-        return *draws_of_real(data, n, False)[:2], False
+        return *draws_of_real(data, n, False, most)[:2], False
     return held_out, [torch.cat([pool[i * count:(i + 1) * count] for pool, count in pools])
                       for i in range(draws)], True
 
@@ -283,7 +282,8 @@ def evaluate(samples, data, device, told=False, coded=None):
     ones are. told: the model was told labels. coded: what its autoencoder makes of pictures, for a
     model of latents: what is lost before that begins.
     """
-    held_out, draws, alike = draws_of_real(data, len(samples), told)
+    most = min(DRAWS, max(2, NUMBERS // samples.numel()))
+    held_out, draws, alike = draws_of_real(data, len(samples), told, most)
 
     def pictures(indices):
         return torch.cat([data[part].cpu() for part in indices.split(64)])
@@ -313,7 +313,7 @@ def evaluate(samples, data, device, told=False, coded=None):
         train.say(f"{name:<18}{''.join(f'{v:9.2f}' for v in values)} {deviation:<8}   {sees}")
     gap = " " * 9 if coded else ""
     for name, share, sees in (
-            ("nearest training", 0.5, "copies, mirrored or not, if far below real held-out pictures"),
+            ("nearest training", 0.5, "copies, mirrored or not, if far below real ones (held out)"),
             ("nearest, 1 in 20", 0.05, "the same, if only few are copies")):
         ours, theirs = near.quantile(share, 1).tolist()
         train.say(f"{name:<18}{ours:9.2f}{gap}{theirs:9.2f}{'':12}{sees}")

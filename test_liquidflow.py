@@ -2067,6 +2067,11 @@ def test_latents_of_other_pictures_are_not_taken_for_these(photographs, here, ca
         lf.save_checkpoint("five/ckpt.pt", {**state, "latents": {**state["latents"], "mean": mean}})
         refused(train.main, latent_run("five", "--image_size", 96, "--max_images", 9, "--resume",
                                        "--steps", 3), capsys, word)
+    older = {**state["latents"], "mean": state["latents"]["mean"] + 0.05 * state["latents"]["std"], "limit": 9.0}
+    lf.save_checkpoint("five/ckpt.pt", {**state, "latents": older})    # as one from when held-out pictures counted
+    train.main([*map(str, latent_run("five", "--image_size", 96, "--max_images", 9, "--resume", "--steps", 3))])
+    state = lf.load_checkpoint("five/ckpt.pt")
+    assert state["step"] == 3 and same_bits(state["latents"], older)    # it goes on in its own scale
     refused(train.main, latent_run("six", "--image_size", 72, "--latents", "--arch", "patch"),
             capsys, "size 9", "an eighth of --image_size 72")
 
@@ -3118,6 +3123,14 @@ def test_a_row_of_the_log_by_hand(tmp_path):
     assert (found["loss"], found["loss_t2"], found["loss_t0"], found["tv"]) == ("9", "9", "", "1")
     assert [r["step"] for r in read_log(tmp_path / "log.csv")] == ["1", "2"]
 
+def test_a_log_from_before_a_column_was_added_goes_on(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text("step,loss,loss_t0,loss_t1,loss_t2,loss_t3,held_out,tv,lr,images_per_s\n"
+                    "1,4,1,2,3,4,0.5,6,7,8\n9,4,1,2,3,4,0.5,6,7,8\n")
+    train.Log(path, ["tv"], CPU, since=5)
+    row, = read_log(path)
+    assert row["step"] == "1" and row["held_out"] == "0.5" and row["trained_on"] == "" and [*tmp_path.iterdir()] == [path]
+
 @pytest.mark.parametrize("process, strong, muon", [("flow", 600, False), ("diffusion", 60_000, False), ("flow", 2000, True)])
 def test_a_run_is_its_formulas(process, strong, muon, here, monkeypatch, losses_asked):
     """Three steps of train.py, recomputed in float64 from what they drew."""
@@ -3952,7 +3965,7 @@ print((used() - before) / samples.nbytes)
                           env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"})    # what is freed is given back
     assert float(done.stdout.split()[-1]) < 8    # three sets, and what it takes to compare two; measured 6
 
-def test_evaluate_draws_real_pictures_by_class_and_sees_copies(capsys):
+def test_evaluate_draws_real_pictures_by_class_and_sees_copies(capsys, monkeypatch):
     labels = torch.tensor(35 * [0] + 5 * [1] + 4 * [0, 1])
     data = train.Pictures(torch.from_numpy(random_pixels(0, 48, 3, 16, 16)), labels, ["a", "b"], CPU, None, None, "order")
     data.training, data.held_out = torch.arange(40), torch.arange(40, 48)
@@ -3979,6 +3992,12 @@ def test_evaluate_draws_real_pictures_by_class_and_sees_copies(capsys):
         tables.append(table_of(capsys.readouterr().out))
     everyone, one, none = ([table[name][0] for name in ("nearest training", "nearest, 1 in 20")] for table in tables)
     assert max(everyone) < 0.01 < one[1] < 0.6 * none[1] and one[0] > 0.95 * none[0]
+    monkeypatch.setattr(sample, "NUMBERS", 8 * 3 * 16 * 16 * 3)
+    sample.evaluate(samples, data, CPU)
+    assert "deviation of 3 draws" in capsys.readouterr().out    # of 5: as many as have so many numbers
+    monkeypatch.setattr(sample, "NUMBERS", 1)
+    sample.evaluate(samples, data, CPU)
+    assert "deviation of 2 draws" in capsys.readouterr().out
 
 def test_evaluate_finds_its_pictures_again_or_says_so(photographs, here, monkeypatch, capsys):
     train.main([*SMALL, "--dataset", "folder", "--data_dir", "photographs", "--steps", "1", "--out", "run"])

@@ -69,7 +69,7 @@ RECIPE = {"minutes", "pairs", "batch_size", "lr", "optimizer", "weight_decay", "
           "no_mirror", "amp"}
 
 # How the names of the weights begin that --optimizer muon is for. Not the overview's: few and
-# large, they would take as long as all the others
+# large, they would take nearly as long as all the others
 HIDDEN = "blocks.", "skips.", "encoder.", "decoder.", "bottom.", "down.", "up.", "fuse."
 
 # What each model was designed for, and the sampler for what a process's network predicts
@@ -954,8 +954,8 @@ class Muon(torch.optim.AdamW):
 
     with z = sqrt(max(1, rows / columns)). A gradient, and so a step of AdamW, is mostly made of few
     directions; a step that is made orthogonal goes as far in every one. It can take a larger rate,
-    2.5 times AdamW's here. All matrices of a shape go through one batch of products, without which
-    this would be slow for small models.
+    2.5 times AdamW's here. All matrices of a shape go through one batch of products: fewer and
+    larger operations.
     """
 
     @torch.no_grad()
@@ -987,8 +987,8 @@ class Muon(torch.optim.AdamW):
             w.sub_(finite * lr * (weight_decay * w + moved_by.view_as(w)))
 
 def make_optimizer(model, lr, weight_decay, device, muon=False):
-    """AdamW, with muon Muon for the matrices of the blocks; weight decay for matrices only, not for
-    biases, gains, decay rates and step sizes.
+    """AdamW; with muon, Muon for the matrices of the blocks. Weight decay for matrices only, not
+    for biases, gains, decay rates and step sizes.
     """
     hidden, matrices, others = {}, [], []
     for name, p in model.named_parameters():
@@ -1369,7 +1369,7 @@ def steps_until(deadline, args, device, pictures, advance, draw, test):
     left = of_first(deadline - time.monotonic(), device)
     steps = steps_within(left, took, testing, args.sample_every)
     few = math.ceil(OVERFIT_FROM * pictures / args.batch_size) - 1
-    if steps > few:    # from there on tests take longer; here, all of them, which is a little less
+    if steps > few:    # later tests take longer; counted for all, which costs a few steps at most
         testing += asking
         steps = max(few, steps_within(left, took, testing, args.sample_every))
     each = f"a step takes {1000 * took:.0f} ms, a test with its samples {duration(testing)}"
@@ -1632,7 +1632,7 @@ def make_parser():
     add("--batch_size", type=number(int, 1), help="pictures in a batch, over all processes")
     add("--grad_accum", type=number(int, 1), default=1, help="parts of a batch, to save memory")
     add("--lr", type=number(float, 1e-12, 1), help="peak learning rate")
-    add("--optimizer", choices=["adamw", "muon"], default="adamw", 
+    add("--optimizer", choices=["adamw", "muon"], default="adamw",
         help="muon: Muon for the matrices of the blocks, AdamW for the rest")
     add("--weight_decay", type=number(float, 0), default=0.01, help="of matrices")
     add("--ema", type=number(float, 0, 1), default=1.0,
