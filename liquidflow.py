@@ -337,8 +337,7 @@ class ParallelCfC(nn.Module):
 #     M[t, s] = (Cm_t . Bm_s) * exp(log_decay_{s+1} + ... + log_decay_t)   for s <= t, else 0
 #
 # which is attention with queries Cm, keys Bm, values x, and a decay in place of the softmax. That
-# is the duality: the same numbers by a loop, or by an (l, l) matrix. By hand, for x = 1, 2, 3,
-# Bm = Cm = 1 and decays of 1/2:
+# is the duality: the same by a loop or an (l, l) matrix. For x = 1, 2, 3, Bm = Cm = 1, decays 1/2:
 #
 #     loop     S = y = 1,    1/2 * 1 + 2 = 2.5,    1/2 * 2.5 + 3 = 4.25
 #     matrix   M = [[1, 0, 0], [1/2, 1, 0], [1/4, 1/2, 1]],   y_3 = 1/4 * 1 + 1/2 * 2 + 1 * 3 = 4.25
@@ -530,13 +529,14 @@ class Mamba2(nn.Module):
         Bm, Cm = (v.unflatten(-1, (self.ngroups, -1)) for v in (Bm, Cm))            # (b, l, g, n)
         dt = F.softplus(full(dt) + self.dt_bias)                                    # (b, l, h)
         log_decay = -dt * torch.exp(full(self.A_log))                               # (b, l, h) <= 0
-        dt, D = dt.to(x.dtype), self.D.to(x.dtype)
-        y, _ = ssd_chunked(dt[..., None] * x, log_decay, Bm, Cm, chunk_size=self.chunk_size)
+        dt, D = dt.to(x.dtype), (self.D / 64).to(x.dtype)
+        # A 64th of y: the norm divides its size away, and fp16 ends at 65,504 (221,410 was seen)
+        y, _ = ssd_chunked(dt[..., None] * x, log_decay, Bm, Cm / 64, chunk_size=self.chunk_size)
         y = (D[:, None] * x + y) * F.silu(z).view_as(x)                             # (b, l, h, p)
         # out_proj(y / root * weight), root = sqrt(mean(y^2) + eps), one number a token: it can as
         # well divide what comes out, which is smaller. The weight is multiplied into out_proj's.
         squares = full(torch.linalg.vector_norm(y, dim=-1)).square()                # (b, l, h)
-        scale = torch.rsqrt(squares.sum(-1, keepdim=True) / d_inner + self.norm.eps)   # 1 / root
+        scale = torch.rsqrt(squares.sum(-1, keepdim=True) / d_inner + self.norm.eps / 64**2)
         return F.linear(y.flatten(2), self.norm.weight * self.out_proj.weight) * scale.to(y.dtype)
 
 # What mixes the tokens of a model: name -> class, constructed as cls(dim, d_state=, expand=,
