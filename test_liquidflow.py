@@ -2905,7 +2905,7 @@ def test_what_is_typed_when_a_run_goes_on_is_applied_or_refused_by_name(here):
             "reflow": "moved"}
     other = {"arch": "unet", "process": "diffusion", "variant": "tiny", "dataset": "cifar10", "max_images": 9,
              "image_size": 24, "latents": "taef1", "minutes": 3.0, "batch_size": 2, "lr": 0.5, "weight_decay": 0.5,
-             "ema": 0.5, "physics": "tv=9", "override": "depth=1", "seed": 3, "amp": "off", "optimizer": "muon"}
+             "ema": 0.5, "physics": "tv=9", "override": "depth=1", "seed": 3, "amp": "off", "optimizer": "adamw"}
     flags = {"labels", "no_mirror"}
     # A reflow learns as it likes, but the same: what is learnt is its parent's
     assert {"minutes", "pairs", "batch_size", "lr", "optimizer", "weight_decay", "ema", "physics", "no_mirror",
@@ -2934,7 +2934,7 @@ def test_what_is_typed_when_a_run_goes_on_is_applied_or_refused_by_name(here):
     assert vars(train.load_run(path, same[::-1])[0]) == was    # in any order
 
 def test_runs_of_older_programs_go_on_and_damaged_ones_are_refused(here, capsys):
-    train.main([*SMALL, "--steps", "1", "--out", "run"])
+    train.main([*SMALL, "--optimizer", "adamw", "--steps", "1", "--out", "run"])
     state = lf.load_checkpoint("run/ckpt.pt")
     args = state["args"]
     older = {name: value for name, value in args.items() if name not in ("split", "no_mirror", "minutes", "optimizer")}
@@ -3434,7 +3434,8 @@ def test_every_variant_has_training_defaults_and_is_named_in_the_help():
     variants = {variant for table in lf.VARIANTS.values() for variant in table}
     assert {key[-1] if isinstance(key, tuple) else key for key in train.DEFAULTS} == variants
     rows = {frozenset(row) for row in train.DEFAULTS.values()}
-    assert rows == {frozenset(["steps", "batch_size", "lr", "sample_every"])}    # as --help says
+    assert rows == {frozenset(["steps", "batch_size", "lr", "optimizer", "sample_every"])}    # as --help says
+    assert [name for name, row in train.DEFAULTS.items() if row["optimizer"] == "muon"] == ["nano"]    # the README
     text = " ".join(train.make_parser().format_help().split())
     for name in (*variants, *lf.MIXERS, *lf.SCANS, "kernel_size", "channels", "constant"):
         assert name in text, f"--help does not name {name}"

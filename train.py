@@ -76,15 +76,21 @@ HIDDEN = "blocks.", "skips.", "encoder.", "decoder.", "bottom.", "down.", "up.",
 PROCESS_OF = {"patch": "flow", "unet": "flow", "mamba": "diffusion"}
 SAMPLER_OF = {"velocity": "euler", "noise": "ddim"}
 
-# Training defaults of a variant, or of (arch, variant), which goes before it. A high rate teaches a
-# small model most per minute (measured: see the README); those of larger ones were not tuned.
+# Training defaults of a variant, or of (arch, variant), which goes before it. A high rate and Muon
+# teach a small model most per minute (measured: see the README); larger ones were not tuned.
 DEFAULTS = {
-    "nano": {"steps": 3600, "batch_size": 32, "lr": 8e-3, "sample_every": 1000},
-    "tiny": {"steps": 15_000, "batch_size": 64, "lr": 1e-3, "sample_every": 500},
-    "small": {"steps": 50_000, "batch_size": 64, "lr": 5e-4, "sample_every": 1000},
-    "base": {"steps": 100_000, "batch_size": 64, "lr": 2e-4, "sample_every": 1000},
-    "large": {"steps": 100_000, "batch_size": 64, "lr": 1e-4, "sample_every": 1000},
-    "512": {"steps": 100_000, "batch_size": 16, "lr": 2e-4, "sample_every": 1000},
+    "nano": {"steps": 3600, "batch_size": 32, "lr": 8e-3,
+             "optimizer": "muon", "sample_every": 1000},
+    "tiny": {"steps": 15_000, "batch_size": 64, "lr": 1e-3,
+             "optimizer": "adamw", "sample_every": 500},
+    "small": {"steps": 50_000, "batch_size": 64, "lr": 5e-4,
+              "optimizer": "adamw", "sample_every": 1000},
+    "base": {"steps": 100_000, "batch_size": 64, "lr": 2e-4,
+             "optimizer": "adamw", "sample_every": 1000},
+    "large": {"steps": 100_000, "batch_size": 64, "lr": 1e-4,
+              "optimizer": "adamw", "sample_every": 1000},
+    "512": {"steps": 100_000, "batch_size": 16, "lr": 2e-4,
+            "optimizer": "adamw", "sample_every": 1000},
 }
 
 class Refused(ValueError):
@@ -1300,7 +1306,8 @@ def load_run(path, argv, may_change=MAY_CHANGE):
     that differs in more than may_change, or if the file holds no such arguments.
     """
     state, parser = load_state(path), make_parser()
-    was = parser.parse_args([])    # an option that is newer than the run had its default then
+    # An option that is newer than the run had its default then, and AdamW was the only optimizer
+    was = parser.parse_args(["--optimizer", "adamw"])
     try:    # all are typed once more, and so checked; one by one, as --steps forbids --minutes
         for name, value in state["args"].items():
             if name in vars(was) and name not in ("epochs", "out", "resume", "overwrite", "split"):
@@ -1610,8 +1617,8 @@ def make_parser():
         name for part in (*lf.ARCHS.values(), *(model.block for model in lf.ARCHS.values()))
         for name, option in inspect.signature(part).parameters.items()
         if option.default is not option.empty)
-    parser = Parser("Train a LiquidFlow model. --steps, --batch_size, --lr and --sample_every have "
-                    "defaults for each variant: see DEFAULTS in train.py.")
+    parser = Parser("Train a LiquidFlow model. --steps, --batch_size, --lr, --optimizer and "
+                    "--sample_every have defaults for each variant: see DEFAULTS in train.py.")
     add = parser.add_argument
     add("--arch", choices=lf.ARCHS, default="patch", help="the model")
     add("--process", choices=lf.PROCESSES, help="what it learns; not given: what it was made for")
@@ -1632,7 +1639,7 @@ def make_parser():
     add("--batch_size", type=number(int, 1), help="pictures in a batch, over all processes")
     add("--grad_accum", type=number(int, 1), default=1, help="parts of a batch, to save memory")
     add("--lr", type=number(float, 1e-12, 1), help="peak learning rate")
-    add("--optimizer", choices=["adamw", "muon"], default="adamw",
+    add("--optimizer", choices=["adamw", "muon"],
         help="muon: Muon for the matrices of the blocks, AdamW for the rest")
     add("--weight_decay", type=number(float, 0), default=0.01, help="of matrices")
     add("--ema", type=number(float, 0, 1), default=1.0,
