@@ -68,8 +68,8 @@ MAY_CHANGE = {"steps", "epochs", "grad_accum", "log_every", "sample_every", "sav
 RECIPE = {"minutes", "pairs", "batch_size", "lr", "optimizer", "weight_decay", "ema", "physics",
           "no_mirror", "amp"}
 
-# How the names of the weights begin that --optimizer muon is for. Not the overview's: few and
-# large, they would take nearly as long as all the others
+# How the names of those weights begin that Muon may move. Not the overview's, which are few and
+# large: they would take nearly as long as all the others
 HIDDEN = "blocks.", "skips.", "encoder.", "decoder.", "bottom.", "down.", "up.", "fuse."
 
 # What each model was designed for, and the sampler for what a process's network predicts
@@ -77,7 +77,7 @@ PROCESS_OF = {"patch": "flow", "unet": "flow", "mamba": "diffusion"}
 SAMPLER_OF = {"velocity": "euler", "noise": "ddim"}
 
 # Training defaults of a variant, or of (arch, variant), which goes before it. A high rate and Muon
-# teach a small model most per minute (measured: see the README); larger ones were not tuned.
+# teach a small model most per minute (Muon: see the README); larger ones were not tuned.
 DEFAULTS = {
     "nano": {"steps": 3600, "batch_size": 32, "lr": 8e-3,
              "optimizer": "muon", "sample_every": 1000},
@@ -938,11 +938,11 @@ def draw_times(process, count, device, reflow=False):
     return torch.rand(count, device=device)
 
 def orthogonal(X):
-    """Matrices (n, r, c) -> with the same singular vectors, all singular values near 1 (0.6 to 1.3,
-    but for those below a 500th of the norm), by products only.
+    """Matrices (n, r, c) -> matrices with the same singular vectors, but all singular values near 1
+    (0.68 to 1.21, if not below a 500th of the norm), by products only.
 
     A step of this Newton-Schulz iteration takes each singular value s to 3.4445 s - 4.775 s^3 +
-    2.0315 s^5, which more than triples a small one and keeps those near 1 between 0.6 and 1.3.
+    2.0315 s^5, which more than triples a small one; those near 1 stay between 0.68 and 1.21.
     Source: Jordan et al. (2024), "Muon: An optimizer for hidden layers in neural networks".
     """
     X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-12)    # its largest s is 1 at most
@@ -958,15 +958,16 @@ class Muon(torch.optim.AdamW):
         M = 0.95 M + 0.05 G
         w = (1 - rate * decay) w - 2.5 rate * z * orthogonal(0.95 M + 0.05 G)
 
-    with z = sqrt(max(1, rows / columns)). A gradient, and so a step of AdamW, is mostly made of few
-    directions; a step that is made orthogonal goes as far in every one. It can take a larger rate,
-    2.5 times AdamW's here. All matrices of a shape go through one batch of products: fewer and
-    larger operations.
+    with the new M in the second line (Nesterov's look ahead), and z = sqrt(max(1, rows / columns)).
+    A gradient, and so a step of AdamW, is mostly made of few directions; a step that is made
+    orthogonal goes equally far in all, and can be larger: 2.5 times AdamW's rate here. A kernel is
+    a matrix with a row for each channel that it makes. All matrices of a shape go through one batch
+    of products: fewer and larger operations.
     """
 
     @torch.no_grad()
     def step(self):
-        """Takes a step; with .found_inf above 0 none, as an AdamW in one piece."""
+        """Takes a step; with .found_inf above 0 none, as torch's fused AdamW."""
         groups = self.param_groups
         self.param_groups = [group for group in groups if "muon" not in group]
         super().step()
@@ -984,7 +985,7 @@ class Muon(torch.optim.AdamW):
         G = torch.stack([w.grad for w in params]).flatten(2)                       # (n, r, c)
         M = torch.stack([state["momentum"] for state in states]).flatten(2)
         finite = getattr(self, "found_inf", G.new_zeros(())) == 0
-        G = torch.where(finite, G, M)    # an M that stays
+        G = torch.where(finite, G, M)    # M stays as it is after a bad gradient
         M = torch.lerp(M, G, 0.05)
         z = max(1, M.shape[1] / M.shape[2]) ** 0.5
         change = 2.5 * z * orthogonal(torch.lerp(G, M, 0.95))
@@ -993,8 +994,9 @@ class Muon(torch.optim.AdamW):
             w.sub_(finite * lr * (weight_decay * w + moved_by.view_as(w)))
 
 def make_optimizer(model, lr, weight_decay, device, muon=False):
-    """AdamW; with muon, Muon for the matrices of the blocks. Weight decay for matrices only, not
-    for biases, gains, decay rates and step sizes.
+    """AdamW, which Muon is without groups of its own; with muon it gets the matrices of the blocks,
+    of the skips, and of what lies between stages. Weight decay for matrices only, not for biases,
+    gains, decay rates and step sizes.
     """
     hidden, matrices, others = {}, [], []
     for name, p in model.named_parameters():
@@ -1306,7 +1308,7 @@ def load_run(path, argv, may_change=MAY_CHANGE):
     that differs in more than may_change, or if the file holds no such arguments.
     """
     state, parser = load_state(path), make_parser()
-    # An option that is newer than the run had its default then, and AdamW was the only optimizer
+    # An option that is newer than the run has its default; but a run without --optimizer had AdamW
     was = parser.parse_args(["--optimizer", "adamw"])
     try:    # all are typed once more, and so checked; one by one, as --steps forbids --minutes
         for name, value in state["args"].items():
