@@ -529,16 +529,16 @@ class Mamba2(nn.Module):
         Bm, Cm = (v.unflatten(-1, (self.ngroups, -1)) for v in (Bm, Cm))            # (b, l, g, n)
         dt = F.softplus(full(dt) + self.dt_bias)                                    # (b, l, h)
         log_decay = -dt * torch.exp(full(self.A_log))                               # (b, l, h) <= 0
-        # From here on y is a 64th of itself: in a trained nano it came to 221,410, and fp16 ends at
-        # 65,504. With eps / 64^2 the norm divides that out: the result is the same.
+        # fp16 ends at 65,504, and y came to 221,446 in a trained nano. So from here on it is a 64th
+        # of §5's y, which the norm divides out again: its squares are multiplied by 64^2.
         dt, D = dt.to(x.dtype), (self.D / 64).to(x.dtype)
         y, _ = ssd_chunked(dt[..., None] * x, log_decay, Bm, Cm / 64, chunk_size=self.chunk_size)
-        y = (D[:, None] * x + y) * F.silu(z).view_as(x)                             # (b, l, h, p)
-        # out_proj(y / root * weight), root = sqrt(mean(y^2) + eps), one number a token: it can as
-        # well divide what comes out, which is smaller. The weight is multiplied into out_proj's.
-        squares = full(torch.linalg.vector_norm(y, dim=-1)).square()                # (b, l, h)
-        scale = torch.rsqrt(squares.sum(-1, keepdim=True) / d_inner + self.norm.eps / 64**2)
-        return F.linear(y.flatten(2), self.norm.weight * self.out_proj.weight) * scale.to(y.dtype)
+        y = (D[:, None] * x + y).flatten(2) * F.silu(z)                             # (b, l, d_inner)
+        # out_proj(64 y / root * weight), root = sqrt(mean((64 y)^2) + eps), one number a token: it
+        # can as well divide what comes out, which is smaller; out_proj takes in the weight.
+        squares = full(torch.linalg.vector_norm(y, dim=-1, keepdim=True)).square()   # (b, l, 1)
+        scale = 64 * torch.rsqrt(squares * (64**2 / d_inner) + self.norm.eps)        # 64 / root
+        return F.linear(y, self.norm.weight * self.out_proj.weight) * scale.to(y.dtype)
 
 # What mixes the tokens of a model: name -> class, constructed as cls(dim, d_state=, expand=,
 # headdim=), mapping (b, l, dim) to the same shape, each sequence by itself. "none": its input.
