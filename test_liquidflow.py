@@ -2147,6 +2147,7 @@ def test_reconstruct_shows_what_the_autoencoder_loses(photographs, here, capsys)
         assert f"{file}: PSNR {10 * math.log10(1 / error):.1f} dB" in line
     assert f"mean PSNR of 3: {total:.1f} dB" in out
     pairs = np.asarray(Image.open("pairs.png"))
+    assert pairs.shape == (2 + 2 * 26, 2 + 4 * 26, 3)    # two pairs in a row, of three
     before = np.asarray(train.fit_picture(Image.open(files[0]), 24)).transpose(1, 2, 0)
     assert np.abs(pairs[2:26, 2:26].astype(int) - before).max() <= 1
     (here / "no.png").write_bytes(b"nothing")
@@ -3289,6 +3290,12 @@ def test_the_first_bad_step_ends_the_run_by_name_when_a_row_is_due():
             step([gradient, 0.0, 0.0], **(losses if math.isnan(gradient) else {"loss": fine}))
         with pytest.raises(ValueError, match=f"step 6: {what};"):
             check(8)
+
+@pytest.mark.parametrize("skipped", [0, 3])
+def test_a_run_says_how_many_steps_were_skipped(skipped, here, monkeypatch, capsys):
+    monkeypatch.setattr(train.Precision, "check", lambda self, *_: setattr(self, "skipped", skipped))
+    train.main([*SMALL, "--steps", "1", "--out", "run"])
+    assert ("3 steps were skipped" in capsys.readouterr().out) == bool(skipped)
 
 def test_a_scaler_may_skip_some_steps_but_not_too_many_in_a_row():
     *_, precision, step, check = one_weight(scaled=True)
