@@ -960,7 +960,7 @@ class Muon(torch.optim.AdamW):
 
     with the new M in the second line (Nesterov's look ahead), and z = sqrt(max(1, rows / columns)).
     A gradient, and so a step of AdamW, is mostly made of few directions; a step that is made
-    orthogonal goes equally far in all, and can be larger: 2.5 times AdamW's rate here. A kernel is
+    orthogonal goes equally far in all, and bears 2.5 times AdamW's rate here. A kernel is
     a matrix with a row for each channel that it makes. All matrices of a shape go through one batch
     of products: fewer and larger operations.
     """
@@ -994,9 +994,8 @@ class Muon(torch.optim.AdamW):
             w.sub_(finite * lr * (weight_decay * w + moved_by.view_as(w)))
 
 def make_optimizer(model, lr, weight_decay, device, muon=False):
-    """AdamW, which Muon is without groups of its own; with muon it gets the matrices of the blocks,
-    of the skips, and of what lies between stages. Weight decay for matrices only, not for biases,
-    gains, decay rates and step sizes.
+    """AdamW, which Muon is without groups of its own; with muon they are the matrices of HIDDEN.
+    Weight decay for matrices only, not for biases, gains, decay rates and step sizes.
     """
     hidden, matrices, others = {}, [], []
     for name, p in model.named_parameters():
