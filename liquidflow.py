@@ -529,13 +529,13 @@ class Mamba2(nn.Module):
         Bm, Cm = (v.unflatten(-1, (self.ngroups, -1)) for v in (Bm, Cm))            # (b, l, g, n)
         dt = F.softplus(full(dt) + self.dt_bias)                                    # (b, l, h)
         log_decay = -dt * torch.exp(full(self.A_log))                               # (b, l, h) <= 0
-        # fp16 ends at 65,504, and y came to 221,446 in a trained nano. So from here on it is a 64th
-        # of §5's y, which the norm divides out again: its squares are multiplied by 64^2.
+        # fp16 ends at 65,504, and y * SiLU(z) came to 221,446 in a trained nano. So y is a 64th of
+        # the formula's from here on, which the norm divides out: its squares are taken times 64^2.
         dt, D = dt.to(x.dtype), (self.D / 64).to(x.dtype)
         y, _ = ssd_chunked(dt[..., None] * x, log_decay, Bm, Cm / 64, chunk_size=self.chunk_size)
         y = (D[:, None] * x + y).flatten(2) * F.silu(z)                             # (b, l, d_inner)
         # out_proj(64 y / root * weight), root = sqrt(mean((64 y)^2) + eps), one number a token: it
-        # can as well divide what comes out, which is smaller; out_proj takes in the weight.
+        # can as well divide what comes out, which is no larger; out_proj takes in the weight.
         squares = full(torch.linalg.vector_norm(y, dim=-1, keepdim=True)).square()   # (b, l, 1)
         scale = 64 * torch.rsqrt(squares * (64**2 / d_inner) + self.norm.eps)        # 64 / root
         return F.linear(y, self.norm.weight * self.out_proj.weight) * scale.to(y.dtype)

@@ -650,7 +650,7 @@ def run(argv):
     if args.export:
         return export(Path(args.export), model, process, taesd, state)
 
-    # On a GPU half precision is quicker; hardly a pixel moves by more than a grey level (README)
+    # On a GPU half precision is quicker; few numbers move by more than a grey level (README)
     model.forward = train.Precision(args.amp, device).autocast()(model.forward)
 
     def picture_of(x):

@@ -3295,7 +3295,7 @@ def test_the_first_bad_step_ends_the_run_by_name_when_a_row_is_due():
 def test_a_run_says_how_many_steps_were_skipped(skipped, here, monkeypatch, capsys):
     monkeypatch.setattr(train.Precision, "check", lambda self, *_: setattr(self, "skipped", skipped))
     train.main([*SMALL, "--steps", "1", "--out", "run"])
-    assert ("3 steps were skipped" in capsys.readouterr().out) == bool(skipped)
+    assert capsys.readouterr().out.count(f"{skipped} steps were skipped") == bool(skipped)
 
 def test_a_scaler_may_skip_some_steps_but_not_too_many_in_a_row():
     *_, precision, step, check = one_weight(scaled=True)

@@ -960,9 +960,9 @@ class Muon(torch.optim.AdamW):
 
     with the new M in the second line (Nesterov's look ahead), and z = sqrt(max(1, rows / columns)).
     A gradient, and so a step of AdamW, is mostly made of few directions; a step that is made
-    orthogonal goes equally far in all, and bears 2.5 times AdamW's rate here. A kernel is
-    a matrix with a row for each channel that it makes. All matrices of a shape go through one batch
-    of products: fewer and larger operations.
+    orthogonal goes equally far in all, and bears 2.5 times AdamW's rate here. A kernel is a matrix
+    with a row for each channel that it makes. All matrices of a shape go through one batch of
+    products: fewer and larger operations.
     """
 
     @torch.no_grad()
